@@ -1,0 +1,5 @@
+"""CleanAI: prune a network, and tell honestly what that did."""
+
+
+class UserError(Exception):
+    """A problem its user can mend: the message is the one line a script prints, and says what to do next."""

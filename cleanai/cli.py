@@ -1,0 +1,113 @@
+"""The options that the scripts share, and how a script ends when something is wrong.
+
+A script names the options it takes by giving their defaults: its own constants. Nothing heavy is imported here, so
+that `--help` and a wrong option answer at once.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Callable, NoReturn
+
+from cleanai import UserError
+from cleanai.scenario import PROJECT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _between(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = low
+        if not low < number < high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}, both excluded")
+        return number
+
+    return parse
+
+
+# What decides the results; an earlier run's files are taken up only when all of these were the same.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dataset": {"help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir"},
+    "weights": {"choices": ("imagenet", "none"), "help": "what training starts from: ImageNet weights, or nothing"},
+    "epochs": {"type": _whole(1), "help": "epochs of fine-tuning"},
+    "batch_size": {"type": _whole(1), "help": "images per training step; lower it when GPU memory runs out"},
+    "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
+    "train_samples": {"type": _whole(1), "help": "train on that many images only, chosen evenly over the classes"},
+    "ratio": {"type": _between(0, 1), "help": "share of the parameters, and of the arithmetic, to remove"},
+    "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
+    "calibration_batches": {"type": _whole(1), "help": "batches of test images that the channels are measured on"},
+    "coverage_metric": {
+        "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),
+        "help": "how a channel's coverage is measured",
+    },
+    "seed": {"type": _whole(0), "help": "the random numbers start from it"},
+    "precision": {
+        "choices": ("auto", "float32", "bfloat16"),
+        "help": "arithmetic of training and evaluation; auto takes bfloat16 where the hardware has it",
+    },
+}
+_COMMON: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto takes CUDA if it is there"},
+    "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
+    "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
+    "checkpoints_dir": {"type": Path, "default": PROJECT / "checkpoints", "help": "where results go"},
+    "fresh": {"action": "store_true", "help": "start over: delete what this script made before"},
+}
+
+
+class Options(argparse.Namespace):
+    """The parsed options; `config` holds those of them that decide the results."""
+
+    config: dict[str, Any]
+
+
+def parse(description: str, **defaults: Any) -> Options:
+    """Parse the command line: the settings named in `defaults`, with these as their defaults, and the common options.
+
+    Ends the program with one line when an option is wrong.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **_COMMON}
+    for name, option in options.items():
+        shown = "all" if option.get("default") is None else "%(default)s"
+        text = option["help"] if name == "fresh" else f"{option['help']} (default: {shown})"
+        parser.add_argument("--" + name.replace("_", "-"), **{**option, "help": text})
+    args = parser.parse_args(namespace=Options())
+    args.config = {name: getattr(args, name) for name in defaults}
+    return args
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console that cannot print a character prints ? instead of failing
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on from the last finished epoch.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"Error: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        sys.exit("Error: the GPU has too little free memory: lower --batch-size, or use --device cpu")
+    sys.exit(0)

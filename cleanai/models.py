@@ -1,0 +1,117 @@
+"""Networks: ResNet-18 from torchvision, adapted to small images, and pruned networks rebuilt from their weights."""
+from __future__ import annotations
+
+import hashlib
+import http.client
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models import ResNet, ResNet18_Weights, resnet18
+
+from cleanai import UserError
+from cleanai.checkpoints import load_checkpoint, save_checkpoint
+
+WEIGHTS_URL = ResNet18_Weights.IMAGENET1K_V1.url  # its file name ends in the first digits of its SHA-256
+
+
+def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResNet:
+    """ResNet-18 with a 3x3 stem of stride 1, no max-pool, and `classes` outputs (11,173,962 parameters for 10).
+
+    `weights` is a file of torchvision's ImageNet weights: all layers but the classifier begin with them, and the stem
+    with the centres of their 7x7 kernels. Without it everything begins at random.
+    Raises UserError when the file is not such weights.
+    """
+    network = resnet18(weights=None)
+    if weights is not None:
+        try:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise UserError(f"{weights} does not hold ImageNet weights of ResNet-18: delete it and run again") from error
+    stem = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    if weights is None:
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    else:
+        stem.weight.data.copy_(network.conv1.weight.data[:, :, 2:5, 2:5])
+    network.conv1 = stem
+    network.maxpool = nn.Identity()
+    network.fc = nn.Linear(network.fc.in_features, classes)
+    return network
+
+
+def download_imagenet_weights(models_dir: Path, url: str | None = None) -> Path:
+    """The file of ResNet-18's ImageNet weights in `models_dir`, downloaded when missing, its checksum verified.
+
+    Raises UserError when it cannot be downloaded, or when the file there is not the published one.
+    """
+    url = url or WEIGHTS_URL
+    path = models_dir / url.rsplit("/", 1)[-1]
+    checksum = path.stem.rsplit("-", 1)[-1]
+    if not path.exists():
+        models_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            # Goes to a temporary file first, and is moved into place when its checksum is right.
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"The ImageNet weights could not be downloaded ({reason}): put {url} by hand at {path}, "
+                "or start from random weights with --weights none"
+            ) from error
+    elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(checksum):
+        raise UserError(f"{path} is not the published file (its SHA-256 differs): delete it and run again")
+    return path
+
+
+def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
+    """Write a checkpoint: the network's weights, and `facts` (model, dataset, classes, config, ...) beside them.
+
+    Weights too small to be normal numbers are written as zeros: they slow a CPU down tenfold and change nothing.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    state = {
+        name: torch.where(tensor.abs() < smallest, torch.zeros_like(tensor), tensor)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in network.state_dict().items()
+    }
+    save_checkpoint(path, {**facts, "state_dict": {name: tensor.cpu() for name, tensor in state.items()}})
+
+
+def load_network(path: Path) -> nn.Module:
+    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU; UserError when it cannot be read."""
+    return network_from(load_checkpoint(path), path)
+
+
+def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    """The network in a checkpoint that was read from `path` already; UserError when its weights do not fit."""
+    network = resnet18_for_small_images(len(checkpoint["classes"]))
+    try:
+        give_shapes(network, checkpoint["state_dict"])
+        network.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not hold a ResNet-18: delete it, or start over with --fresh") from error
+    return network.eval()
+
+
+def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give every layer of an unpruned network the shape its tensors have in `state`.
+
+    Raises KeyError when `state` lacks a tensor of the network.
+    """
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, tensor in module.named_parameters(recurse=False):
+            shape = state[prefix + key].shape
+            module.register_parameter(key, nn.Parameter(tensor.new_empty(shape), requires_grad=tensor.requires_grad))
+        for key, tensor in module.named_buffers(recurse=False):
+            module.register_buffer(key, tensor.new_empty(state[prefix + key].shape))
+        if isinstance(module, nn.Conv2d):
+            if module.groups == module.in_channels:  # depthwise: one group per channel, however many are left
+                module.groups = module.weight.shape[0]
+            module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_features = len(module.running_mean)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape

@@ -1,0 +1,50 @@
+"""What a result says about where it came from."""
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from cleanai.compute import Compute
+from cleanai.data import Images
+from cleanai.scenario import Scenario
+
+PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy", "cleanai")
+
+
+def checkpoint_facts(scenario: Scenario, images: Images, config: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a checkpoint beside its weights, so that they can be used and an earlier run recognised."""
+    return {
+        "model": scenario.model,
+        "dataset": scenario.dataset,
+        "classes": list(images.classes),
+        "mean": images.train.mean.tolist(),
+        "std": images.train.std.tolist(),
+        "config": config,
+    }
+
+
+def describe_run(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a record that are no measurements: scenario, configuration, environment and dataset."""
+    return {
+        "scenario": scenario.name,
+        "method": scenario.method,
+        "config": config,
+        "environment": {
+            "device": compute.device_name,
+            "device_type": compute.device.type,
+            "cpu_threads": torch.get_num_threads(),
+            "precision": compute.precision,
+            "system": platform.platform(terse=True),
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "dataset": {
+            "name": scenario.dataset,
+            "source": images.source,
+            "train_images": len(images.train),
+            "test_images": len(images.test),
+        },
+    }

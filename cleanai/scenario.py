@@ -1,0 +1,88 @@
+"""The names and paths of a test scenario, as the scenario's own page lays them down.
+
+A scenario is called {TestScenarioNo}_{MethodName}_{ModelName}_{DatasetName}. This module imports nothing heavy, so
+that a script that has nothing to do answers at once.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Where one script of a scenario reads and writes; `method` is empty for the preparing script."""
+
+    number: str
+    model: str
+    dataset: str
+    checkpoints_dir: Path
+    method: str = ""
+
+    @property
+    def name(self) -> str:
+        """For example TS1_Coverage_ResNet18_CIFAR10, or TS1_ResNet18_CIFAR10 for the preparing script."""
+        return "_".join(part for part in (self.number, self.method, self.model, self.dataset) if part)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this script's checkpoints."""
+        return self.checkpoints_dir / (self.name if self.method else self.number)
+
+    @property
+    def pretrained(self) -> Path:
+        """The adapted network before any training on the dataset."""
+        return self._prepared("pretrained")
+
+    @property
+    def fine_tuned(self) -> Path:
+        """The network that the preparing script ends with and the pruning scripts begin with."""
+        return self._prepared("FT_final")
+
+    @property
+    def pruned(self) -> Path:
+        """The pruned network before its fine-tuning."""
+        return self.folder / f"{self.model}_{self.dataset}_pruned_{METHOD_TAGS[self.method]}.pth"
+
+    def epoch(self, number: int) -> Path:
+        """The network after `number` epochs of this script's fine-tuning."""
+        return self._trained(f"epoch{number}")
+
+    @property
+    def final(self) -> Path:
+        """The network this script ends with."""
+        return self._trained("final")
+
+    @property
+    def resume(self) -> Path:
+        """What an interrupted fine-tuning goes on from; removed when the fine-tuning is done."""
+        return self._trained("resume")
+
+    @property
+    def record(self) -> Path:
+        """Every number this script measured, as JSON."""
+        return (self.folder / "reports" if self.method else self.folder) / f"{self.name}.json"
+
+    @property
+    def report(self) -> Path:
+        """The PDF made from the record."""
+        return self.folder / "reports" / f"{self.name}.pdf"
+
+    def remove_outputs(self) -> None:
+        """Delete what an earlier run of this script left, for starting over."""
+        own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
+        epochs = self.folder.glob(self.epoch(0).name.replace("epoch0", "epoch*"))
+        for path in [*own, self.final, self.resume, *epochs]:
+            if path.exists():
+                path.unlink()
+
+    def _prepared(self, stage: str) -> Path:
+        return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"
+
+    def _trained(self, stage: str) -> Path:
+        tag = f"FTAP_{METHOD_TAGS[self.method]}" if self.method else "FT"
+        return self.folder / f"{self.model}_{self.dataset}_{tag}_{stage}.pth"

@@ -1,0 +1,90 @@
+"""TS1, script 1 of 3: prepare ResNet-18 for CIFAR-10.
+
+Downloads the ImageNet-pretrained network and the dataset, adapts the network to 32x32 images and 10 classes,
+measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune the network it leaves.
+
+    python test_scenarios/TS1_01_prepare_model.py
+    python test_scenarios/TS1_01_prepare_model.py --dataset Digits --weights none --epochs 3    # a minute on a CPU
+"""
+from cleanai import cli
+from cleanai.checkpoints import find_record, write_record
+from cleanai.scenario import Scenario
+from cleanai.tables import dataset_line, preparation_table
+
+SCENARIO = "TS1"
+MODEL = "ResNet18"
+DATASET = "CIFAR10"
+WEIGHTS = "imagenet"
+EPOCHS = 20
+BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
+LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+SEED = 0
+
+
+def main():
+    args = cli.parse(
+        __doc__,
+        dataset=DATASET,
+        weights=WEIGHTS,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        lr=LEARNING_RATE,
+        train_samples=None,
+        seed=SEED,
+        precision="auto",
+    )
+    scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir)
+    record = None if args.fresh else find_record(scenario.record, args.config)
+    if record:
+        print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
+    else:
+        record = prepare(args, scenario)
+        write_record(scenario.record, record)
+    print(f"\n{dataset_line(record)}\n\n{preparation_table(record)}\n\nFine-tuned model: {scenario.fine_tuned}")
+
+
+def prepare(args, scenario):
+    # PyTorch takes seconds to import: only when there is work to do.
+    import torch
+
+    from cleanai.compute import choose_compute
+    from cleanai.data import load_images
+    from cleanai.measure import count_parameters
+    from cleanai.models import download_imagenet_weights, resnet18_for_small_images, save_network
+    from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
+
+    compute = choose_compute(args.device, args.precision)
+    print(compute.description)
+    images = load_images(args.dataset, args.data_dir)
+    images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
+    weights = download_imagenet_weights(args.models_dir) if args.weights == "imagenet" else None
+    if args.fresh:
+        scenario.remove_outputs()
+
+    torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
+    network = compute.place(resnet18_for_small_images(len(images.classes), weights))
+    facts = checkpoint_facts(scenario, images, args.config)
+    save_network(scenario.pretrained, network, facts)
+
+    seconds = estimate_epoch_seconds(network, images, compute, args.batch_size)
+    print(f"One epoch takes about {seconds:.0f} s, {args.epochs} epochs {args.epochs * seconds / 60:.0f} minutes")
+    before = evaluate(network, images.test, compute)
+    print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
+
+    history = fine_tune(network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed)
+    after = history[-1]  # the last epoch's network is the result, whichever was best on the test images
+
+    parameters = count_parameters(network)
+    return {
+        **describe_run(scenario, images, compute, args.config),
+        "models": {
+            "before": {"accuracy_percent": before.accuracy_percent, "loss": before.loss, **parameters},
+            "after": {"accuracy_percent": after["test_accuracy_percent"], "loss": after["test_loss"], **parameters},
+        },
+        "history": history,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
