@@ -50,7 +50,7 @@ def choose_compute(device: str, precision: str) -> Compute:
     Raises UserError when CUDA is asked for and is not there.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for, and PyTorch finds none: use --device cpu, or install a CUDA build of PyTorch")
+        raise UserError("CUDA was asked for and PyTorch finds none: use --device cpu, or install PyTorch's CUDA build")
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if precision != "auto":
         return Compute(chosen, precision, "as asked for")

@@ -43,6 +43,10 @@ class ImageSet:
         indices = indices.to(self.labels.device)
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
+    def sample(self, count: int, seed: int) -> ImageSet:
+        """`count` of the images (all, if there are fewer), chosen at random and evenly over the classes."""
+        return self.select(balanced_order(self.labels, seed)[:count])
+
     def to(self, device: torch.device) -> ImageSet:
         """The same images on another device."""
         return ImageSet(*(tensor.to(device) for tensor in (self.pixels, self.labels, self.mean, self.std)))
@@ -100,7 +104,16 @@ class Images:
             return self
         if count > len(self.train):
             raise UserError(f"--train-samples {count:,}: there are only {len(self.train):,} training images")
-        return replace(self, train=self.train.select(balanced_order(self.train.labels, seed)[:count]))
+        return replace(self, train=self.train.sample(count, seed))
+
+    def calibration_split(self, count: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
+        """`count` test images to measure channels on, and the indices of the held-out others.
+
+        At most half of the test images are taken, so that accuracy can be told on images no channel was measured on.
+        """
+        order = balanced_order(self.test.labels, seed)
+        count = min(count, len(order) // 2)
+        return self.test.select(order[:count]), order[count:]
 
 
 def load_images(dataset: str, data_dir: Path) -> Images:
@@ -169,7 +182,7 @@ def _image_folder(folder: Path) -> tuple[tuple, tuple, list[str]]:
         try:
             listing = datasets.ImageFolder(str(folder / part))
         except OSError as error:
-            raise UserError(f"{folder / part} is not a folder of images in class folders: {_one_line(error)}") from error
+            raise UserError(f"{folder / part} must hold images in class folders: {_one_line(error)}") from error
         parts[part] = listing
     classes = parts["train"].classes
     if parts["test"].classes != classes:

@@ -28,7 +28,7 @@ def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResN
         try:
             network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise UserError(f"{weights} does not hold ImageNet weights of ResNet-18: delete it and run again") from error
+            raise UserError(f"{weights} holds no ImageNet weights of ResNet-18: delete it and run again") from error
     stem = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     if weights is None:
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does

@@ -26,7 +26,9 @@ def checkpoint_facts(scenario: Scenario, images: Images, config: dict[str, Any])
     }
 
 
-def describe_run(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
+def describe_run(
+    scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any], calibration_images: int | None = None
+) -> dict[str, Any]:
     """The parts of a record that are no measurements: scenario, configuration, environment and dataset."""
     return {
         "scenario": scenario.name,
@@ -37,7 +39,7 @@ def describe_run(scenario: Scenario, images: Images, compute: Compute, config: d
             "device_type": compute.device.type,
             "cpu_threads": torch.get_num_threads(),
             "precision": compute.precision,
-            "system": platform.platform(terse=True),
+            "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
             **{package: version(package) for package in PACKAGES},
         },
@@ -46,5 +48,6 @@ def describe_run(scenario: Scenario, images: Images, compute: Compute, config: d
             "source": images.source,
             "train_images": len(images.train),
             "test_images": len(images.test),
+            **({} if calibration_images is None else {"calibration_images": calibration_images}),
         },
     }

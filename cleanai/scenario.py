@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cleanai import UserError
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
@@ -42,6 +44,14 @@ class Scenario:
     def fine_tuned(self) -> Path:
         """The network that the preparing script ends with and the pruning scripts begin with."""
         return self._prepared("FT_final")
+
+    def require_fine_tuned(self, script: str) -> None:
+        """Raise UserError when the preparing script has not left its network yet."""
+        if not self.fine_tuned.exists():
+            raise UserError(
+                f"Fine-tuned model not found: {self.fine_tuned}. Run first: python test_scenarios/{script}"
+                + ("" if self.dataset == "CIFAR10" else f" --dataset {self.dataset}")
+            )
 
     @property
     def pruned(self) -> Path:

@@ -9,7 +9,7 @@ measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune 
 from cleanai import cli
 from cleanai.checkpoints import find_record, write_record
 from cleanai.scenario import Scenario
-from cleanai.tables import dataset_line, preparation_table
+from cleanai.tables import origin_lines, preparation_table
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -40,7 +40,7 @@ def main():
     else:
         record = prepare(args, scenario)
         write_record(scenario.record, record)
-    print(f"\n{dataset_line(record)}\n\n{preparation_table(record)}\n\nFine-tuned model: {scenario.fine_tuned}")
+    print(f"\n{origin_lines(record)}\n\n{preparation_table(record)}\n\nFine-tuned model: {scenario.fine_tuned}")
 
 
 def prepare(args, scenario):
@@ -68,7 +68,7 @@ def prepare(args, scenario):
     save_network(scenario.pretrained, network, facts)
 
     seconds = estimate_epoch_seconds(network, images, compute, args.batch_size)
-    print(f"One epoch takes about {seconds:.0f} s, {args.epochs} epochs {args.epochs * seconds / 60:.0f} minutes")
+    print(f"One epoch takes about {seconds:.0f} s, all {args.epochs} about {args.epochs * seconds / 60:.0f} minutes")
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 

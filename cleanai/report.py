@@ -1,0 +1,267 @@
+"""The PDF of a pruning script, made from its record alone."""
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import reportlab
+from reportlab.graphics.charts.barcharts import VerticalBarChart
+from reportlab.graphics.charts.legends import Legend
+from reportlab.graphics.charts.lineplots import LinePlot
+from reportlab.graphics.shapes import Drawing, String
+from reportlab.graphics.widgets.markers import makeMarker
+from reportlab.lib import colors
+from reportlab.lib.enums import TA_RIGHT
+from reportlab.lib.pagesizes import A4
+from reportlab.lib.styles import ParagraphStyle
+from reportlab.lib.units import mm
+from reportlab.pdfbase import pdfmetrics
+from reportlab.pdfbase.ttfonts import TTFont
+from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+
+from cleanai.checkpoints import write_bytes
+from cleanai.tables import MODELS, TITLES, Record, comparison_rows, counted, prepared_with, summary_rows
+
+# Fonts that come with reportlab and, unlike the PDF standard ones, hold the Turkish letters.
+FONT, BOLD = "Vera", "VeraBd"
+DARK, LIGHT, GREY = colors.HexColor("#1d4e79"), colors.HexColor("#f0a030"), colors.HexColor("#666666")
+MARGIN = 18 * mm
+PADDING = 6  # of a page's frame, and of a table's cells
+WIDTH = A4[0] - 2 * MARGIN - 2 * PADDING
+
+_TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
+_CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
+_NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
+_TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK)
+_HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
+
+
+def write_report(path: Path, record: Record) -> None:
+    """Write the report of a pruning script as a PDF."""
+    write_bytes(path, pdf_report(record))
+
+
+def pdf_report(record: Record) -> bytes:
+    """The report of a pruning script as the bytes of a PDF."""
+    for name in (FONT, BOLD):
+        pdfmetrics.registerFont(TTFont(name, str(Path(reportlab.__file__).parent / "fonts" / f"{name}.ttf")))
+    file = io.BytesIO()
+    method = TITLES[record["method"]].title().replace("Wanda", "WANDA")
+    document = SimpleDocTemplate(
+        file,
+        pagesize=A4,
+        leftMargin=MARGIN,
+        rightMargin=MARGIN,
+        topMargin=MARGIN,
+        bottomMargin=MARGIN,
+        title=f"{record['scenario']}: {method}",
+        author="CleanAI",
+    )
+    story = [
+        Paragraph(method, _TITLE),
+        Paragraph(_escaped(_what_was_done(record)), _TEXT),
+        *_section("Result", _comparison(record)),
+        *_section("Summary", _pairs(summary_rows(record), numbers=True)),
+        *_section(
+            "Accuracy over the epochs of fine-tuning",
+            _accuracy_chart(record),
+            Spacer(1, 4),
+            Paragraph(_accuracy_note(record), _TEXT),
+        ),
+        *_section("Channels per layer, before and after pruning", _channels_chart(record)),
+        *_section("What each pruning step removed", _steps(record)),
+        *_section("Configuration", _pairs(_configuration(record))),
+        *_section("Dataset and machine", _pairs(_provenance(record))),
+    ]
+    document.build(story, onFirstPage=_footer(record), onLaterPages=_footer(record))
+    return file.getvalue()
+
+
+def _section(heading: str, *content: Any) -> list[Any]:
+    return [KeepTogether([Paragraph(heading, _HEADING), Spacer(1, 4), *content])]
+
+
+def _footer(record: Record) -> Any:
+    def draw(canvas: Any, document: Any) -> None:
+        canvas.setFont(FONT, 7)
+        canvas.setFillColor(GREY)
+        canvas.drawString(MARGIN + PADDING, MARGIN / 2, record["scenario"])
+        canvas.drawRightString(A4[0] - MARGIN - PADDING, MARGIN / 2, f"Page {document.page}")
+
+    return draw
+
+
+def _comparison(record: Record) -> Table:
+    rows = [["Metric", *MODELS.values()], *([label, *values] for label, values in comparison_rows(record))]
+    latencies = [record["models"][name]["latency_ms"] for name in MODELS]
+    for key in ("p50", "p90", "p99"):
+        rows.append([f"Inference time, {key} (ms)", *(f"{latency[key]:.2f}" for latency in latencies)])
+    return _table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
+
+
+def _steps(record: Record) -> Table:
+    rows = [["Step", "Asked (%)", "Parameters removed (%)", "FLOPs removed (%)"]]
+    for number, step in enumerate(record["pruning"]["steps"], 1):
+        shares = (step["asked_percent"], step["parameters_removed_percent"], step["macs_removed_percent"])
+        rows.append([str(number), *(f"{share:.2f}" for share in shares)])
+    return _table(rows, [WIDTH * 0.1, *[WIDTH * 0.3] * 3])
+
+
+def _table(rows: list[list[str]], widths: list[float]) -> Table:
+    rows = [[_escaped(cell) for cell in row] for row in rows]
+    rows[0] = [f"<font name='{BOLD}' color='white'>{cell}</font>" for cell in rows[0]]
+    cells = [[Paragraph(cell, _NUMBER if column else _CELL) for column, cell in enumerate(row)] for row in rows]
+    style = [
+        ("BACKGROUND", (0, 0), (-1, 0), DARK),
+        ("ROWBACKGROUNDS", (0, 1), (-1, -1), [colors.white, colors.HexColor("#f1f4f8")]),
+        ("LINEBELOW", (0, -1), (-1, -1), 0.6, DARK),
+        ("TOPPADDING", (0, 0), (-1, -1), 2),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 3),
+    ]
+    return Table(cells, colWidths=widths, style=TableStyle(style), repeatRows=1)
+
+
+def _pairs(rows: list[tuple[str, str]], numbers: bool = False) -> Table:
+    cells = [
+        [Paragraph(_escaped(label), _CELL), Paragraph(_escaped(value), _NUMBER if numbers else _CELL)]
+        for label, value in rows
+    ]
+    style = [
+        ("VALIGN", (0, 0), (-1, -1), "TOP"),
+        ("LINEBELOW", (0, 0), (-1, -1), 0.25, colors.HexColor("#cccccc")),
+        ("TOPPADDING", (0, 0), (-1, -1), 1.5),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 2.5),
+    ]
+    widths = [WIDTH * 0.4, WIDTH * 0.2 if numbers else WIDTH * 0.6]
+    return Table(cells, colWidths=widths, style=TableStyle(style), hAlign="LEFT")
+
+
+def _configuration(record: Record) -> list[tuple[str, str]]:
+    config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
+    names = {"lr": "Learning rate (peak)", "fine_tuned_model": "Fine-tuned model (SHA-256)"}
+    return [(names.get(key, key.replace("_", " ").capitalize()), str(value)) for key, value in config.items()]
+
+
+def _provenance(record: Record) -> list[tuple[str, str]]:
+    dataset, environment = record["dataset"], record["environment"]
+    device = f"{environment['device_type']}, {environment['device']}, {environment['cpu_threads']} threads"
+    packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
+    return [
+        ("Original network", prepared_with(record)),
+        ("Dataset", f"{dataset['name']}, {dataset['source']}"),
+        ("Training images", f"{dataset['train_images']:,}"),
+        (
+            "Test images",
+            f"{dataset['test_images']:,}, of which {dataset['calibration_images']:,} were used to measure channels "
+            "(the held-out accuracy is that on the others)",
+        ),
+        ("Device", device),
+        ("Precision", f"{environment['precision']} for training and accuracy, float32 for inference times"),
+        ("System", f"{environment['system']}, Python {environment['python']}"),
+        ("Packages", ", ".join(f"{package} {environment[package]}" for package in packages)),
+    ]
+
+
+def _what_was_done(record: Record) -> str:
+    config, dataset = record["config"], record["dataset"]
+    return (
+        f"{record['scenario']}: {100 * config['ratio']:g}% of the parameters and of the arithmetic removed in "
+        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on {dataset['train_images']:,} "
+        f"images of {dataset['name']} ({dataset['source']}). Original network: {prepared_with(record)}."
+    )
+
+
+def _accuracy_note(record: Record) -> str:
+    pruning, models = record["pruning"], record["models"]
+    return (
+        f"Test accuracy: {models['original']['accuracy_percent']:.2f}% before pruning; after it "
+        f"{pruning['accuracy_raw_percent']:.2f}% untouched and {pruning['accuracy_recalibrated_percent']:.2f}% with "
+        f"batch norm recalibrated (epoch 0 of the curve); {models['fine_tuned']['accuracy_percent']:.2f}% after "
+        "fine-tuning. Training accuracy is measured on augmented images while the network learns."
+    )
+
+
+def _accuracy_chart(record: Record) -> Drawing:
+    history = record["history"]
+    test = [(0, record["models"]["pruned"]["accuracy_percent"])]
+    test += [(epoch["epoch"], epoch["test_accuracy_percent"]) for epoch in history]
+    train = [(epoch["epoch"], epoch["train_accuracy_percent"]) for epoch in history]
+    original = record["models"]["original"]["accuracy_percent"]
+    lines = {
+        "Test accuracy": (test, DARK, None, "FilledCircle"),
+        "Training accuracy": (train, LIGHT, None, "FilledSquare"),
+        "Original network, test": ([(0, original), (len(history), original)], GREY, (4, 2), None),
+    }
+    drawing, chart = _canvas(LinePlot(), height=62 * mm, title="Accuracy (%)")
+    chart.data = [points for points, *_ in lines.values()]
+    for number, (_, color, dashes, marker) in enumerate(lines.values()):
+        chart.lines[number].strokeColor = color
+        chart.lines[number].strokeWidth = 1.5
+        chart.lines[number].strokeDashArray = dashes
+        if marker:
+            chart.lines[number].symbol = makeMarker(marker, size=4, fillColor=color, strokeColor=color)
+    lowest = min(value for points in chart.data for _, value in points)
+    highest = max(value for points in chart.data for _, value in points)
+    margin = max(0.5, (highest - lowest) / 10)
+    chart.yValueAxis.valueMin, chart.yValueAxis.valueMax = max(0, lowest - margin), min(100, highest + margin)
+    chart.yValueAxis.labelTextFormat = "%.0f" if highest - lowest > 5 else "%.1f"
+    chart.yValueAxis.maximumTicks = 6
+    chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0, len(history)
+    chart.xValueAxis.valueStep = max(1, len(history) // 10)
+    chart.xValueAxis.labelTextFormat = "%d"
+    for axis in (chart.xValueAxis, chart.yValueAxis):
+        axis.labels.fontName, axis.labels.fontSize = FONT, 7
+        axis.strokeColor = GREY
+    chart.yValueAxis.visibleGrid, chart.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
+    drawing.add(String(drawing.width / 2, 2, "Epoch", fontName=FONT, fontSize=7, textAnchor="middle"))
+    drawing.add(_legend([(color, name) for name, (_, color, _, _) in lines.items()], drawing))
+    return drawing
+
+
+def _channels_chart(record: Record) -> Drawing:
+    layers = [layer for layer in record["pruning"]["layers"] if layer["name"] != "fc"]
+    drawing, chart = _canvas(VerticalBarChart(), height=78 * mm, title="Output channels", bottom=30 * mm)
+    chart.data = [[layer["channels_before"] for layer in layers], [layer["channels_after"] for layer in layers]]
+    chart.categoryAxis.categoryNames = [layer["name"] for layer in layers]
+    chart.categoryAxis.labels.angle, chart.categoryAxis.labels.boxAnchor = 60, "ne"
+    chart.categoryAxis.labels.dx, chart.categoryAxis.labels.dy = 3, -2
+    chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data)
+    chart.valueAxis.visibleGrid, chart.valueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
+    chart.groupSpacing, chart.barSpacing = 4, 0
+    for number, color in enumerate((DARK, LIGHT)):
+        chart.bars[number].fillColor, chart.bars[number].strokeColor = color, None
+    for axis in (chart.categoryAxis, chart.valueAxis):
+        axis.labels.fontName, axis.labels.fontSize = FONT, 6.5
+        axis.strokeColor = GREY
+    drawing.add(_legend([(DARK, "Before"), (LIGHT, "After")], drawing))
+    return drawing
+
+
+def _canvas(chart: Any, height: float, title: str, bottom: float = 10 * mm) -> tuple[Drawing, Any]:
+    drawing = Drawing(WIDTH, height)
+    chart.x, chart.y = 10 * mm, bottom
+    chart.width, chart.height = WIDTH - 14 * mm, height - bottom - 9 * mm
+    drawing.add(chart)
+    drawing.add(String(0, height - 9, title, fontName=FONT, fontSize=7))
+    return drawing, chart
+
+
+def _legend(entries: list[tuple[Any, str]], drawing: Drawing) -> Legend:
+    legend = Legend()
+    legend.colorNamePairs = entries
+    legend.x, legend.y = drawing.width, drawing.height
+    legend.boxAnchor = "ne"
+    legend.columnMaximum = 1
+    legend.alignment = "right"
+    legend.fontName, legend.fontSize = FONT, 7
+    legend.dx = legend.dy = 6
+    legend.deltax = 12
+    legend.dxTextSpace = 4
+    legend.strokeWidth = 0
+    legend.strokeColor = None
+    return legend
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,120 @@
+"""TS1, script 3 of 3: prune the fine-tuned ResNet-18 by WANDA (weight x activation).
+
+Loads the network that script 1 left, weighs what each channel adds to the layers that read it, on part of the test
+images, removes a fifth of the network in five steps over all layers, fine-tunes it, and compares the three networks
+in a table and a PDF.
+
+    python test_scenarios/TS1_03_wanda_pruning.py
+    python test_scenarios/TS1_03_wanda_pruning.py --dataset Digits --epochs 2    # a minute or two on a CPU
+"""
+from cleanai import cli
+from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.report import write_report
+from cleanai.scenario import Scenario
+from cleanai.tables import comparison_table, origin_lines
+
+SCENARIO = "TS1"
+MODEL = "ResNet18"
+DATASET = "CIFAR10"
+METHOD = "Wanda"
+PRUNING_RATIO = 0.2  # of the parameters, and of the arithmetic
+ITERATIVE_STEPS = 5
+CALIBRATION_BATCHES = 50  # of test images; they never decide which network is kept
+EPOCHS = 30
+BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
+LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+SEED = 0
+
+
+def main():
+    args = cli.parse(
+        __doc__,
+        dataset=DATASET,
+        ratio=PRUNING_RATIO,
+        steps=ITERATIVE_STEPS,
+        calibration_batches=CALIBRATION_BATCHES,
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        lr=LEARNING_RATE,
+        train_samples=None,
+        seed=SEED,
+        precision="auto",
+    )
+    scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
+    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
+    record = None if args.fresh else find_record(scenario.record, args.config)
+    if record:
+        print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
+    else:
+        record = prune(args, scenario)
+        write_report(scenario.report, record)
+        write_record(scenario.record, record)  # last: it marks the run as finished
+    print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
+
+
+def prune(args, scenario):
+    # PyTorch takes seconds to import: only when there is work to do.
+    import copy
+
+    from cleanai.compute import choose_compute
+    from cleanai.data import load_images
+    from cleanai.importance import WandaImportance
+    from cleanai.measure import compare
+    from cleanai.models import network_from, save_network
+    from cleanai.pruning import prune_to_budget
+    from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
+
+    compute = choose_compute(args.device, args.precision)
+    print(compute.description)
+    images = load_images(args.dataset, args.data_dir)
+    images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
+    calibration, heldout = images.calibration_split(args.calibration_batches * args.batch_size, args.seed)
+    print(f"Channels are measured on {len(calibration):,} test images; the other {len(heldout):,} are held out")
+    prepared = load_checkpoint(scenario.fine_tuned)
+    original = compute.place(network_from(prepared, scenario.fine_tuned))
+    if args.fresh:
+        scenario.remove_outputs()
+    seconds = estimate_epoch_seconds(original, images, compute, args.batch_size)
+    print(f"One epoch takes about {seconds:.0f} s, all {args.epochs} about {args.epochs * seconds / 60:.0f} minutes")
+    evaluations = {"original": evaluate(original, images.test, compute)}
+    print(f"Before pruning: test accuracy {evaluations['original'].accuracy_percent:.2f}%")
+
+    facts = checkpoint_facts(scenario, images, args.config)
+    earlier = find_checkpoint(scenario.pruned, args.config)
+    if earlier:
+        print(f"Found the pruned network of an earlier run: {scenario.pruned}")
+        pruned, pruning = compute.place(network_from(earlier, scenario.pruned)), earlier["pruning"]
+    else:
+        pruned = copy.deepcopy(original)
+        importance = WandaImportance()
+        repair_on = images.train.sample(len(calibration), args.seed)
+        pruning, unrepaired = prune_to_budget(
+            pruned, importance, calibration, repair_on, compute, args.ratio, args.steps, args.batch_size
+        )
+        pruning["accuracy_raw_percent"] = evaluate(unrepaired, images.test, compute).accuracy_percent
+        save_network(scenario.pruned, pruned, {**facts, "pruning": pruning})
+    evaluations["pruned"] = evaluate(pruned, images.test, compute)
+    pruning["accuracy_recalibrated_percent"] = evaluations["pruned"].accuracy_percent
+    print(
+        f"After pruning: test accuracy {pruning['accuracy_raw_percent']:.2f}%, "
+        f"with batch norm recalibrated {pruning['accuracy_recalibrated_percent']:.2f}%"
+    )
+
+    tuned = copy.deepcopy(pruned)
+    history = fine_tune(tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed)
+    evaluations["fine_tuned"] = evaluate(tuned, images.test, compute)
+
+    networks = {"original": original, "pruned": pruned, "fine_tuned": tuned}
+    return {
+        **describe_run(scenario, images, compute, args.config, len(calibration)),
+        "prepared_with": prepared["config"],
+        **compare(networks, evaluations, heldout, images.test, compute),
+        "pruning": pruning,
+        "history": history,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cleanai.compute import Compute, choose_compute
+from cleanai.data import Images, load_images
+from cleanai.models import resnet18_for_small_images
+from cleanai.scenario import PROJECT, Scenario
+
+REAL_IMAGES = PROJECT / "downloaded_datasets" / "CIFAR10"
+
+
+@pytest.fixture(scope="session")
+def compute() -> Compute:
+    return choose_compute("cpu", "float32")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Images:
+    return load_images("Digits", tmp_path_factory.mktemp("no-data"))
+
+
+@pytest.fixture(scope="session")
+def _trained(digits, compute, tmp_path_factory):
+    """A ResNet-18 whose channels and batch norms have seen images, so that they differ as in a real network."""
+    from cleanai.training import fine_tune
+
+    torch.manual_seed(0)
+    network = resnet18_for_small_images(10)
+    scenario = Scenario("T", "ResNet18", "Digits", tmp_path_factory.mktemp("trained"))
+    small = digits.with_train_samples(256, seed=0)
+    fine_tune(network, small, compute, scenario, {"config": {}}, epochs=1, batch_size=32, lr=0.001, seed=0)
+    return network.eval()
+
+
+@pytest.fixture
+def network(_trained):
+    return copy.deepcopy(_trained)
+
+
+def make_image_folder(root: Path, size: tuple[int, int] = (8, 8), per_class: int = 2) -> Path:
+    """An image folder of two classes whose pictures are plain colours: red cats and blue dogs."""
+    for part in ("train", "test"):
+        for name, color in (("cat", (250, 0, 0)), ("dog", (0, 0, 250))):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                Image.new("RGB", size, color).save(folder / f"{number}.png")
+    return root

@@ -1,0 +1,55 @@
+"""Names and paths, against the scenario's own page."""
+from pathlib import Path
+
+import pytest
+
+from cleanai import UserError
+from cleanai.scenario import Scenario
+
+
+def scenario(method=""):
+    return Scenario("TS1", "ResNet18", "CIFAR10", Path("checkpoints"), method)
+
+
+def test_files_of_the_preparing_script():
+    files = scenario()
+    assert files.pretrained == Path("checkpoints/TS1/ResNet18_CIFAR10_pretrained.pth")
+    assert files.epoch(5) == Path("checkpoints/TS1/ResNet18_CIFAR10_FT_epoch5.pth")
+    assert files.final == files.fine_tuned == Path("checkpoints/TS1/ResNet18_CIFAR10_FT_final.pth")
+    assert files.record == Path("checkpoints/TS1/TS1_ResNet18_CIFAR10.json")
+
+
+@pytest.mark.parametrize(("method", "tag"), [("Coverage", "NC"), ("Wanda", "W")])
+def test_files_of_the_pruning_scripts(method, tag):
+    files = scenario(method)
+    folder = Path(f"checkpoints/TS1_{method}_ResNet18_CIFAR10")
+    assert files.name == folder.name
+    assert files.fine_tuned == Path("checkpoints/TS1/ResNet18_CIFAR10_FT_final.pth")
+    assert files.pruned == folder / f"ResNet18_CIFAR10_pruned_{tag}.pth"
+    assert files.epoch(10) == folder / f"ResNet18_CIFAR10_FTAP_{tag}_epoch10.pth"
+    assert files.final == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final.pth"
+    assert files.report == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.pdf"
+    assert files.record == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.json"
+
+
+def test_starting_over_removes_only_what_the_script_made(tmp_path):
+    first = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path)
+    second = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Coverage")
+    own = [second.pruned, second.epoch(5), second.epoch(10), second.final, second.resume, second.record, second.report]
+    others = [first.pretrained, first.epoch(5), first.final, second.folder / "notes.txt"]
+    for path in own + others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    second.remove_outputs()
+    assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
+
+
+def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path):
+    files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")
+    with pytest.raises(UserError) as error:
+        files.require_fine_tuned("TS1_01_prepare_model.py")
+    assert str(error.value) == (
+        f"Fine-tuned model not found: {files.fine_tuned}. "
+        "Run first: python test_scenarios/TS1_01_prepare_model.py"
+    )
