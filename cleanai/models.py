@@ -90,7 +90,7 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     try:
         give_shapes(network, checkpoint["state_dict"])
         network.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"{path} does not hold a ResNet-18: delete it, or start over with --fresh") from error
     return network.eval()
 

@@ -223,13 +223,13 @@ def _take_cheapest(
     per_channel = (costs.now - torch.stack([costs(row) for row in torch.eye(len(ends)).double()])) / costs.now
     prices = ((1 - rate) * per_channel[:, 0] + rate * per_channel[:, 1]).tolist()
     queue = sorted(
-        ((loss[end] - loss[start]) / (end - start) / price, number)
+        ((loss[end] - loss[start]) / (end - start) / price, -price, number)
         for number, (group_ends, loss, price) in enumerate(zip(ends, lost, prices))
         if price > 0
         for start, end in zip(group_ends, group_ends[1:])
     )
     blocks, removed = [0] * len(ends), torch.zeros(len(ends), dtype=torch.float64)
-    for _, number in queue:
+    for *_, number in queue:
         trial = removed.clone()
         trial[number] = ends[number][blocks[number] + 1]
         cost = costs(trial)

@@ -167,8 +167,9 @@ def _what_was_done(record: Record) -> str:
     config, dataset = record["config"], record["dataset"]
     return (
         f"{record['scenario']}: {100 * config['ratio']:g}% of the parameters and of the arithmetic removed in "
-        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on {dataset['train_images']:,} "
-        f"images of {dataset['name']} ({dataset['source']}). Original network: {prepared_with(record)}."
+        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
+        f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
+        f"Original network: {prepared_with(record)}."
     )
 
 

@@ -69,12 +69,12 @@ def prune(args, scenario):
 
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
+    prepared = load_checkpoint(scenario.fine_tuned)
+    original = compute.place(network_from(prepared, scenario.fine_tuned))
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
     calibration, heldout = images.calibration_split(args.calibration_batches * args.batch_size, args.seed)
     print(f"Channels are measured on {len(calibration):,} test images; the other {len(heldout):,} are held out")
-    prepared = load_checkpoint(scenario.fine_tuned)
-    original = compute.place(network_from(prepared, scenario.fine_tuned))
     if args.fresh:
         scenario.remove_outputs()
     seconds = estimate_epoch_seconds(original, images, compute, args.batch_size)

@@ -1,0 +1,88 @@
+"""Options and errors of the scripts, run as commands."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cleanai.scenario import PROJECT
+
+SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
+
+
+def run(script, *options, **environment):
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "test_scenarios" / script), *map(str, options)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+    )
+
+
+def fails(result, *expected):
+    """The command ended with one line that says all of `expected`, and no traceback."""
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for text in expected:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_option_with_its_default(script):
+    result = run(script, "--help")
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
+    own = ["--weights"] if script == SCRIPTS[0] else ["--ratio", "--steps", "--calibration-batches"]
+    own += ["--coverage-metric"] if script == SCRIPTS[1] else []
+    for option in [*shared, *own, "--data-dir", "--models-dir", "--checkpoints-dir", "--fresh"]:
+        assert option in text
+    assert f"python test_scenarios/{script}" in text
+    assert f"(default: {20 if script == SCRIPTS[0] else 30})" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "expected"),
+    [
+        (1, ["--ratio", "1.5"], "--ratio: 1.5 is not a number between 0 and 1"),
+        (2, ["--ratio", "0"], "--ratio: 0 is not a number between 0 and 1"),
+        (1, ["--ratio", "nan"], "--ratio: nan is not a number"),
+        (0, ["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+        (0, ["--batch-size", "-4"], "--batch-size"),
+        (0, ["--lr", "fast"], "--lr: fast is not a number"),
+        (0, ["--weights", "imagenet22k"], "--weights"),
+        (1, ["--coverage-metric", "mean"], "--coverage-metric"),
+        (0, ["--epoch"], "--epoch"),
+    ],
+)
+def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
+    fails(run(SCRIPTS[script], *options), expected)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_pruning_before_preparing_names_the_command_to_run(script, tmp_path):
+    result = run(script, "--checkpoints-dir", tmp_path)
+    fails(result, "Fine-tuned model not found: ", "Run first: python test_scenarios/TS1_01_prepare_model.py")
+    result = run(script, "--dataset", "Digits", "--checkpoints-dir", tmp_path)
+    fails(result, "python test_scenarios/TS1_01_prepare_model.py --dataset Digits")
+
+
+def test_an_unknown_dataset_is_named(tmp_path):
+    result = run(SCRIPTS[0], "--dataset", "CIFAR99", "--data-dir", tmp_path, "--checkpoints-dir", tmp_path / "out")
+    fails(result, "Unknown dataset: CIFAR99", "--dataset CIFAR10 or Digits")
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_without_cuda_is_refused(tmp_path):
+    result = run(SCRIPTS[0], "--device", "cuda", "--checkpoints-dir", tmp_path, CUDA_VISIBLE_DEVICES="-1")
+    fails(result, "--device cpu")
+
+
+def test_a_damaged_fine_tuned_model_is_named(tmp_path):
+    path = tmp_path / "TS1" / "ResNet18_Digits_FT_final.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"not a checkpoint")
+    result = run(SCRIPTS[1], "--dataset", "Digits", "--checkpoints-dir", tmp_path)
+    fails(result, "ResNet18_Digits_FT_final.pth is damaged or not a checkpoint of this project")

@@ -1,0 +1,119 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cleanai import UserError
+from cleanai.checkpoints import load_checkpoint
+from cleanai.models import load_network, resnet18_for_small_images
+from cleanai.scenario import Scenario
+from cleanai.training import evaluate, fine_tune, learning_rate
+
+FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 6}}
+SETTINGS = {"epochs": 6, "batch_size": 16, "lr": 0.001, "seed": 0}
+
+
+@pytest.fixture
+def few(digits):
+    images = digits.with_train_samples(48, seed=0)
+    return replace(images, test=images.test.select(torch.arange(20)))
+
+
+@pytest.fixture
+def start():
+    torch.manual_seed(0)
+    return resnet18_for_small_images(10)
+
+
+def _scenario(folder):
+    return Scenario("TS1", "ResNet18", "Digits", folder)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_ends_at_zero():
+    rates = [learning_rate(step, 50, 0.1) for step in range(50)]
+    assert max(rates) == pytest.approx(0.1)
+    assert rates.index(max(rates)) == 9
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
+    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    assert rates[-1] == 0
+    assert learning_rate(0, 1, 0.1) >= 0
+
+
+def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute):
+    network.train()
+    result = evaluate(network, digits.test, compute)
+    assert network.training, "its mode is left as it was"
+    network.eval()
+    with torch.no_grad():
+        outputs = torch.cat([network(inputs) for inputs, _ in digits.test.batches(90)])
+    hits = outputs.argmax(1) == digits.test.labels
+    assert torch.equal(result.correct, hits)
+    assert result.accuracy_percent == pytest.approx(100 * hits.double().mean().item())
+    loss = torch.nn.functional.cross_entropy(outputs, digits.test.labels).item()
+    assert result.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
+    scenario = _scenario(tmp_path)
+    history = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6]
+    assert set(history[0]) == {
+        "epoch", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent", "learning_rate",
+        "seconds",
+    }  # fmt: skip
+    assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
+    assert history[-1]["learning_rate"] == 0
+    assert sorted(path.name for path in scenario.folder.iterdir()) == [
+        "ResNet18_Digits_FT_epoch5.pth",
+        "ResNet18_Digits_FT_final.pth",
+    ]
+    assert capsys.readouterr().out.count("test accuracy") == 6
+    # The last epoch's network is the result, not the one that did best on the test images.
+    saved = load_network(scenario.final)
+    assert evaluate(saved, few.test, compute).loss == pytest.approx(history[-1]["test_loss"], rel=1e-4)
+
+
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start, few, compute, tmp_path, monkeypatch):
+    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
+    expected = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, **SETTINGS)
+
+    scenario = _scenario(tmp_path / "parts")
+    import cleanai.training
+
+    def interrupting(network, images, compute, title="", evaluate=evaluate):
+        if title.startswith("Epoch 4"):
+            raise KeyboardInterrupt
+        return evaluate(network, images, compute, title)
+
+    monkeypatch.setattr(cleanai.training, "evaluate", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(parts, few, compute, scenario, FACTS, **SETTINGS)
+    monkeypatch.undo()
+    assert load_checkpoint(scenario.resume)["epoch"] == 3
+
+    again = resnet18_for_small_images(10)  # a new process begins with other weights
+    history = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in expected]
+    assert not scenario.resume.exists()
+
+
+def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_path):
+    scenario = _scenario(tmp_path)
+    first = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    written = scenario.final.stat().st_mtime_ns
+    again = resnet18_for_small_images(10)
+    assert fine_tune(again, few, compute, scenario, FACTS, **SETTINGS) == first
+    assert scenario.final.stat().st_mtime_ns == written
+    assert torch.equal(again.fc.weight, start.fc.weight)
+    with pytest.raises(UserError, match="was made with --epochs 6, and this run asks for 7"):
+        fine_tune(again, few, compute, scenario, {**FACTS, "config": {"epochs": 7}}, **{**SETTINGS, "epochs": 7})
+
+
+def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_path):
+    start.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"The loss is no longer a number in epoch 1: use a lower --lr than 0\.001"):
+        fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **SETTINGS)
+    assert not _scenario(tmp_path).final.exists()
