@@ -106,6 +106,15 @@ class Images:
             raise UserError(f"--train-samples {count:,}: there are only {len(self.train):,} training images")
         return replace(self, train=self.train.sample(count, seed))
 
+    def require_classes(self, classes: Sequence[str], checkpoint: Path) -> None:
+        """Raise UserError when a network in `checkpoint`, made for `classes`, was made for others than these."""
+        if list(classes) != list(self.classes):
+            raise UserError(
+                f"{checkpoint} tells {len(classes)} classes apart ({', '.join(classes[:3])}, ...), and the dataset has "
+                f"{len(self.classes)} ({', '.join(self.classes[:3])}, ...): prepare a model for it in another "
+                "--checkpoints-dir"
+            )
+
     def calibration_split(self, count: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
         """`count` test images to measure channels on, and the indices of the held-out others.
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+import cleanai
 from cleanai.compute import Compute
 from cleanai.data import Images
 from cleanai.scenario import Scenario
 
-PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy", "cleanai")
+PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
 
 
 def checkpoint_facts(scenario: Scenario, images: Images, config: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def describe_run(
             "precision": compute.precision,
             "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(),
+            "cleanai": cleanai.__version__,
             **{package: version(package) for package in PACKAGES},
         },
         "dataset": {

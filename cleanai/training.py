@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def fine_tune(
     """
     finished = find_checkpoint(scenario.final, facts["config"])
     if finished:
-        network.load_state_dict(finished["state_dict"])
+        _load_into(network, finished, scenario.final)
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"]
 
@@ -87,7 +88,7 @@ def fine_tune(
     history: list[dict[str, float]] = []
     interrupted = find_checkpoint(scenario.resume, facts["config"])
     if interrupted:
-        network.load_state_dict(interrupted["state_dict"])
+        _load_into(network, interrupted, scenario.resume)
         optimizer.load_state_dict(interrupted["optimizer"])
         history = interrupted["history"]
         print(f"Going on after epoch {len(history)} of an interrupted run")
@@ -136,6 +137,13 @@ def estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute,
         _train_step(trial, optimizer, *images.train.augmented_batch(batch, images.mirror, generator), compute)
     compute.synchronize()
     return (time.perf_counter() - started) / 2 * max(1, len(images.train) // batch_size)
+
+
+def _load_into(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        network.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the network it would go on from: start over with --fresh") from error
 
 
 def _train_epoch(

@@ -7,7 +7,7 @@ measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune 
     python test_scenarios/TS1_01_prepare_model.py --dataset Digits --weights none --epochs 3    # a minute on a CPU
 """
 from cleanai import cli
-from cleanai.checkpoints import find_record, write_record
+from cleanai.checkpoints import find_checkpoint, find_record, write_record
 from cleanai.scenario import Scenario
 from cleanai.tables import origin_lines, preparation_table
 
@@ -62,13 +62,14 @@ def prepare(args, scenario):
     if args.fresh:
         scenario.remove_outputs()
 
+    facts = checkpoint_facts(scenario, images, args.config)
+    find_checkpoint(scenario.pretrained, args.config)  # an interrupted run with other settings is refused here
     torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
     network = compute.place(resnet18_for_small_images(len(images.classes), weights))
-    facts = checkpoint_facts(scenario, images, args.config)
     save_network(scenario.pretrained, network, facts)
 
     seconds = estimate_epoch_seconds(network, images, compute, args.batch_size)
-    print(f"One epoch takes about {seconds:.0f} s, all {args.epochs} about {args.epochs * seconds / 60:.0f} minutes")
+    print(f"Fine-tuning will take about {args.epochs * seconds / 60:.1f} minutes, {seconds:.0f} s per epoch")
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 

@@ -46,6 +46,8 @@ def main():
     record = None if args.fresh else find_record(scenario.record, args.config)
     if record:
         print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
+        if not scenario.report.exists():
+            write_report(scenario.report, record)
     else:
         record = prune(args, scenario)
         write_report(scenario.report, record)
@@ -70,19 +72,20 @@ def prune(args, scenario):
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
+    earlier = None if args.fresh else find_checkpoint(scenario.pruned, args.config)
     images = load_images(args.dataset, args.data_dir)
+    images.require_classes(prepared["classes"], scenario.fine_tuned)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
     calibration, heldout = images.calibration_split(args.calibration_batches * args.batch_size, args.seed)
     print(f"Channels are measured on {len(calibration):,} test images; the other {len(heldout):,} are held out")
     if args.fresh:
         scenario.remove_outputs()
     seconds = estimate_epoch_seconds(original, images, compute, args.batch_size)
-    print(f"One epoch takes about {seconds:.0f} s, all {args.epochs} about {args.epochs * seconds / 60:.0f} minutes")
+    print(f"Fine-tuning will take about {args.epochs * seconds / 60:.1f} minutes, {seconds:.0f} s per epoch")
     evaluations = {"original": evaluate(original, images.test, compute)}
     print(f"Before pruning: test accuracy {evaluations['original'].accuracy_percent:.2f}%")
 
     facts = checkpoint_facts(scenario, images, args.config)
-    earlier = find_checkpoint(scenario.pruned, args.config)
     if earlier:
         print(f"Found the pruned network of an earlier run: {scenario.pruned}")
         pruned, pruning = compute.place(network_from(earlier, scenario.pruned)), earlier["pruning"]

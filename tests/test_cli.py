@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from cleanai import cli
 from cleanai.scenario import PROJECT
 
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
@@ -16,6 +18,7 @@ def run(script, *options, **environment):
         capture_output=True,
         text=True,
         encoding="utf-8",
+        errors="replace",
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )
 
@@ -86,3 +89,33 @@ def test_a_damaged_fine_tuned_model_is_named(tmp_path):
     path.write_bytes(b"not a checkpoint")
     result = run(SCRIPTS[1], "--dataset", "Digits", "--checkpoints-dir", tmp_path)
     fails(result, "ResNet18_Digits_FT_final.pth is damaged or not a checkpoint of this project")
+
+
+def _ending(error, capsys):
+    """How a script ends whose main raises `error`: the exit status, and what it prints."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ending:
+        cli.run(main)
+    code = ending.value.code
+    return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)
+
+
+def test_too_little_gpu_memory_says_what_to_lower(capsys):
+    status, message = _ending(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), capsys)
+    assert status == 1
+    assert "lower --batch-size" in message
+    assert "\n" not in message.strip()
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    status, message = _ending(KeyboardInterrupt(), capsys)
+    assert status == 130
+    assert "Run the same command again" in message
+
+
+def test_an_error_of_ours_is_not_disguised(capsys):
+    with pytest.raises(RuntimeError, match="a bug"):
+        _ending(RuntimeError("a bug"), capsys)

@@ -1,0 +1,176 @@
+"""The three scripts as a user runs them, on a few images: what they print, and what they leave."""
+import json
+import shutil
+
+import pytest
+from pypdf import PdfReader
+
+from cleanai.models import load_network
+from cleanai.tables import comparison_table, preparation_table
+from tests.conftest import REAL_IMAGES
+from tests.test_cli import SCRIPTS, fails, run
+
+SMALL = ["--train-samples", "64", "--batch-size", "16"]
+
+
+def prepare(folder, *options):
+    return run(SCRIPTS[0], "--weights", "none", *SMALL, "--checkpoints-dir", folder, *options)
+
+
+def prune(script, folder, *options):
+    return run(script, *SMALL, "--calibration-batches", "2", "--steps", "2", "--checkpoints-dir", folder, *options)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A folder, named as folders are named, in which all three scripts have run; and what they printed."""
+    folder = tmp_path_factory.mktemp("Çalışma Dosyaları")
+    results = [prepare(folder, "--dataset", "Digits", "--epochs", "6")]
+    results += [prune(script, folder, "--dataset", "Digits", "--epochs", "5") for script in SCRIPTS[1:]]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return folder, [result.stdout for result in results]
+
+
+def _files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_file_of_the_scenario_is_there_and_no_other(digits_run):
+    folder, _ = digits_run
+    assert _files(folder) == sorted(
+        [
+            "TS1/ResNet18_Digits_FT_epoch5.pth",
+            "TS1/ResNet18_Digits_FT_final.pth",
+            "TS1/ResNet18_Digits_pretrained.pth",
+            "TS1/TS1_ResNet18_Digits.json",
+            "TS1_Coverage_ResNet18_Digits/ResNet18_Digits_FTAP_NC_epoch5.pth",
+            "TS1_Coverage_ResNet18_Digits/ResNet18_Digits_FTAP_NC_final.pth",
+            "TS1_Coverage_ResNet18_Digits/ResNet18_Digits_pruned_NC.pth",
+            "TS1_Coverage_ResNet18_Digits/reports/TS1_Coverage_ResNet18_Digits.json",
+            "TS1_Coverage_ResNet18_Digits/reports/TS1_Coverage_ResNet18_Digits.pdf",
+            "TS1_Wanda_ResNet18_Digits/ResNet18_Digits_FTAP_W_epoch5.pth",
+            "TS1_Wanda_ResNet18_Digits/ResNet18_Digits_FTAP_W_final.pth",
+            "TS1_Wanda_ResNet18_Digits/ResNet18_Digits_pruned_W.pth",
+            "TS1_Wanda_ResNet18_Digits/reports/TS1_Wanda_ResNet18_Digits.json",
+            "TS1_Wanda_ResNet18_Digits/reports/TS1_Wanda_ResNet18_Digits.pdf",
+        ]
+    )
+
+
+def _record(folder, method):
+    path = folder / f"TS1_{method}_ResNet18_Digits" / "reports" / f"TS1_{method}_ResNet18_Digits.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_is_printed_is_what_was_recorded(digits_run):
+    folder, printed = digits_run
+    first = json.loads((folder / "TS1" / "TS1_ResNet18_Digits.json").read_text(encoding="utf-8"))
+    assert preparation_table(first) in printed[0]
+    for method, output in (("Coverage", printed[1]), ("Wanda", printed[2])):
+        record = _record(folder, method)
+        assert comparison_table(record) in output
+        assert f"TS1_{method}_ResNet18_Digits.pdf" in output
+    for output in printed:
+        assert output.index("Device: ") < output.index("Fine-tuning will take about ") < output.index("Epoch 1/")
+        assert "scikit-learn's handwritten digits (embedded); 64 training and 360 test images" in output
+
+
+@pytest.mark.parametrize(("method", "tag"), [("Coverage", "NC"), ("Wanda", "W")])
+def test_the_record_agrees_with_the_networks(digits_run, method, tag):
+    folder, _ = digits_run
+    record = _record(folder, method)
+    models = record["models"]
+    assert abs(record["summary"]["parameter_reduction_percent"] - 20) <= 0.5
+    assert abs(record["summary"]["macs_reduction_percent"] - 20) <= 1
+    for stage, name in (("pruned", f"pruned_{tag}"), ("fine_tuned", f"FTAP_{tag}_final")):
+        network = load_network(folder / f"TS1_{method}_ResNet18_Digits" / f"ResNet18_Digits_{name}.pth")
+        assert models[stage]["parameters"] == sum(p.numel() for p in network.parameters())
+        widths = {layer["name"]: layer["channels_after"] for layer in record["pruning"]["layers"]}
+        assert widths["layer3.1.conv1"] == network.layer3[1].conv1.out_channels
+    assert models["original"]["parameters"] == 11_173_962
+    assert models["fine_tuned"]["accuracy_percent"] == record["history"][-1]["test_accuracy_percent"]
+    assert models["pruned"]["accuracy_percent"] == record["pruning"]["accuracy_recalibrated_percent"]
+    assert models["original"]["latency_ms"]["n"] >= 200
+    assert record["dataset"]["calibration_images"] == 32
+    assert record["prepared_with"]["weights"] == "none"
+    assert len(record["history"]) == 5
+
+
+def test_the_two_methods_choose_differently(digits_run):
+    folder, _ = digits_run
+    layers = [_record(folder, method)["pruning"]["layers"] for method in ("Coverage", "Wanda")]
+    assert layers[0] != layers[1]
+
+
+def test_the_report_shows_the_table(digits_run):
+    folder, _ = digits_run
+    path = folder / "TS1_Wanda_ResNet18_Digits" / "reports" / "TS1_Wanda_ResNet18_Digits.pdf"
+    text = "\n".join(page.extract_text() for page in PdfReader(path).pages)
+    model = _record(folder, "Wanda")["models"]["fine_tuned"]
+    assert "WANDA Pruning" in text
+    assert f"{model['accuracy_percent']:.2f}" in text
+    assert f"{model['latency_ms']['p90']:.2f}" in text
+
+
+def test_a_finished_script_prints_its_table_and_changes_nothing(digits_run):
+    folder, printed = digits_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    again = prune(SCRIPTS[1], folder, "--dataset", "Digits", "--epochs", "5")
+    assert again.returncode == 0
+    assert "Already finished" in again.stdout
+    table = printed[1][printed[1].index("NEURON COVERAGE") :]
+    assert again.stdout.endswith(table)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused(digits_run):
+    folder, _ = digits_run
+    fails(prepare(folder, "--dataset", "Digits", "--epochs", "7"), "was made with --epochs 6", "asks for 7", "--fresh")
+    other = prune(SCRIPTS[2], folder, "--dataset", "Digits", "--epochs", "5", "--ratio", "0.3")
+    fails(other, "was made with --ratio 0.2", "asks for 0.3")
+
+
+def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(digits_run, tmp_path):
+    folder, _ = digits_run
+    shutil.copytree(folder / "TS1", tmp_path / "TS1")
+    shutil.copytree(folder / "TS1_Coverage_ResNet18_Digits", tmp_path / "TS1_Coverage_ResNet18_Digits")
+    shutil.rmtree(tmp_path / "TS1_Coverage_ResNet18_Digits" / "reports")
+    result = prune(SCRIPTS[1], tmp_path, "--dataset", "Digits", "--epochs", "5")
+    assert result.returncode == 0, result.stderr
+    assert "Step 1/" not in result.stdout
+    assert "Epoch 1/" not in result.stdout
+    old, new = _record(folder, "Coverage"), _record(tmp_path, "Coverage")
+    for key in ("history", "pruning", "config", "dataset"):
+        assert new[key] == old[key]
+    assert new["models"]["pruned"]["accuracy_percent"] == old["models"]["pruned"]["accuracy_percent"]
+    assert (tmp_path / "TS1_Coverage_ResNet18_Digits" / "reports" / "TS1_Coverage_ResNet18_Digits.pdf").exists()
+
+
+def test_a_console_without_unicode_is_no_obstacle(digits_run):
+    folder, _ = digits_run
+    environment = {"PYTHONIOENCODING": "cp1254"}
+    options = ["--weights", "none", *SMALL, "--dataset", "Digits", "--epochs", "6", "--checkpoints-dir", folder]
+    result = run(SCRIPTS[0], *options, **environment)
+    assert result.returncode == 0
+    assert "Accuracy Improvement: " in result.stdout
+
+
+@pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="the CIFAR-10 image folder is not there")
+def test_the_three_scripts_on_real_images(tmp_path):
+    for part in ("train", "test"):
+        for folder in sorted((REAL_IMAGES / part).iterdir()):
+            (tmp_path / "CIFAR10" / part / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:20]:
+                shutil.copy(path, tmp_path / "CIFAR10" / part / folder.name)
+    source = ["--data-dir", tmp_path, "--epochs", "1"]
+    results = [prepare(tmp_path / "out", *source)]
+    results += [prune(script, tmp_path / "out", *source) for script in SCRIPTS[1:]]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "Dataset: CIFAR10, image folder; 64 training and 200 test images" in result.stdout
+    path = tmp_path / "out/TS1_Wanda_ResNet18_CIFAR10/reports/TS1_Wanda_ResNet18_CIFAR10.json"
+    models = json.loads(path.read_text(encoding="utf-8"))["models"]
+    assert f"{models['original']['macs'] / 1e9:.2f}" == "0.56"
+    assert f"{models['fine_tuned']['macs'] / 1e9:.2f}" in ("0.44", "0.45")
+    assert f"{models['fine_tuned']['parameters'] / 1e6:.1f}" == "8.9"
