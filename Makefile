@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) test_scenarios
-DEMO := --dataset Digits --batch-size 64
+DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 
 .PHONY: demo run test lint clean
 

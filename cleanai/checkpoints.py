@@ -32,7 +32,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU; UserError when it is damaged or not ours."""
     import torch
 
-    damaged = UserError(f"{path} is damaged or not a checkpoint of this project: delete it, or start over with --fresh")
+    damaged = UserError(
+        f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
+    )
     if not zipfile.is_zipfile(path):  # torch.save writes a zip archive, whose directory is at the very end
         raise damaged
     try:
@@ -93,12 +95,18 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
         before, now = made_with.get(key), config.get(key)
         if before == now:
             continue
-        option = "--" + key.replace("_", "-")
         if key == "fine_tuned_model":
             raise UserError(f"{path} was made from another fine-tuned model: start over with --fresh")
+        if key == "conditions":
+            raise UserError(
+                f"{path} was made under other conditions ({before}) than are found now ({now}): "
+                "use another --checkpoints-dir, or start over with --fresh"
+            )
+        option = "--" + key.replace("_", "-")
+        was, is_now = (f"without {option}" if value is None else f"with {option} {value}" for value in (before, now))
         raise UserError(
-            f"{path} was made with {option} {before}, and this run asks for {now}: "
-            f"use {option} {before}, another --checkpoints-dir, or start over with --fresh"
+            f"{path} was made {was}, and this run is {is_now}: "
+            f"run {was}, use another --checkpoints-dir, or start over with --fresh"
         )
 
 

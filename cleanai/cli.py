@@ -6,12 +6,13 @@ that `--help` and a wrong option answer at once.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
 from cleanai import UserError
-from cleanai.scenario import PROJECT
+from cleanai.scenario import CHECKPOINTS_DIR, PROJECT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +67,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto takes CUDA if it is there"},
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
-    "checkpoints_dir": {"type": Path, "default": PROJECT / "checkpoints", "help": "where results go"},
+    "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before"},
 }
 
@@ -82,8 +83,10 @@ def parse(description: str, **defaults: Any) -> Options:
 
     Ends the program with one line when an option is wrong.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **_COMMON}
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
+    common = {name: option for name, option in _COMMON.items() if name != "models_dir" or "weights" in defaults}
+    options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     for name, option in options.items():
         shown = "all" if option.get("default") is None else "%(default)s"
         text = option["help"] if name == "fresh" else f"{option['help']} (default: {shown})"
@@ -102,12 +105,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on from the last finished epoch.", file=sys.stderr)
+        print("\nInterrupted. The same command, without --fresh, goes on where it stopped.", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         sys.exit(f"Error: {error}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error)):
             raise
-        sys.exit("Error: the GPU has too little free memory: lower --batch-size, or use --device cpu")
+        sys.exit("Error: there is too little free memory: lower --batch-size, or use another --device")
     sys.exit(0)

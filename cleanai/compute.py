@@ -52,6 +52,8 @@ def choose_compute(device: str, precision: str) -> Compute:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA was asked for and PyTorch finds none: use --device cpu, or install PyTorch's CUDA build")
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if precision == "bfloat16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("This GPU has no bfloat16: use --precision float32")
     if precision != "auto":
         return Compute(chosen, precision, "as asked for")
     if _has_bfloat16_units(chosen):
@@ -67,7 +69,7 @@ def _has_bfloat16_units(device: torch.device) -> bool:
 
 
 def _cpu_flags() -> str:
-    # PyTorch 2.0, the oldest supported, cannot be asked; newer versions can on every system.
+    # Older versions of PyTorch cannot be asked; without an answer the precision is float32.
     if hasattr(torch.cpu, "get_capabilities"):
         return " ".join(name for name, present in torch.cpu.get_capabilities().items() if present is True)
     return _proc_cpuinfo()

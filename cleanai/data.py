@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 
 from cleanai import UserError
@@ -118,10 +119,11 @@ class Images:
     def calibration_split(self, count: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
         """`count` test images to measure channels on, and the indices of the held-out others.
 
-        At most half of the test images are taken, so that accuracy can be told on images no channel was measured on.
+        A quarter of the test images at least is held out, so that accuracy can be told on images no channel was
+        measured on.
         """
         order = balanced_order(self.test.labels, seed)
-        count = min(count, len(order) // 2)
+        count = min(count, len(order) * 3 // 4)
         return self.test.select(order[:count]), order[count:]
 
 
@@ -136,7 +138,7 @@ def load_images(dataset: str, data_dir: Path) -> Images:
     if dataset == EMBEDDED:
         train, test, classes = _digits()
         source = "scikit-learn's handwritten digits (embedded)"
-    elif re.fullmatch(r"[\w-]+", dataset) and (folder / "train").is_dir() and (folder / "test").is_dir():
+    elif re.fullmatch(r"[\w-]+", dataset) and any((folder / part).is_dir() for part in ("train", "test")):
         train, test, classes = _image_folder(folder)
         source = "image folder"
     elif dataset == DOWNLOADABLE:
@@ -224,15 +226,19 @@ def _cifar10(data_dir: Path) -> tuple[tuple, tuple, list[str]]:
     parts = []
     try:
         for train in (True, False):
-            part = datasets.CIFAR10(root=str(data_dir), train=train, download=True)
-            parts.append((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
+            parts.append(datasets.CIFAR10(root=str(data_dir), train=train, download=True))
     except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
         by_hand = data_dir / datasets.CIFAR10.filename
+        if by_hand.exists() and not check_integrity(str(by_hand), datasets.CIFAR10.tgz_md5):
+            by_hand.unlink()  # what came of a broken download
         raise UserError(
             f"CIFAR-10 could not be downloaded ({_one_line(error)}): put {datasets.CIFAR10.url} by hand at {by_hand}, "
             f"or your own copy as images into {data_dir / DOWNLOADABLE / '{train,test}' / '<class>'}"
         ) from error
-    return parts[0], parts[1], part.classes
+    train, test = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
+    )
+    return train, test, parts[0].classes
 
 
 def _channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

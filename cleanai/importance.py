@@ -46,6 +46,9 @@ class NeuronCoverageImportance(ActivationImportance):
     - `normalized_mean`: m_j / max m, in [0, 1], the busiest channel of the layer being 1;
     - `frequency`: f_j = share of values above zero (1 - APoZ of Network Trimming, arXiv 1607.03250);
     - `combined`: (m_j / max m + f_j) / 2.
+
+    Shares are taken of these, so what divides a whole layer cancels: `normalized_mean` and `mean_absolute` choose the
+    same channels.
     """
 
     def __init__(self, metric: str = "normalized_mean"):

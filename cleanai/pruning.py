@@ -67,6 +67,7 @@ def prune_to_budget(
                 root, cut = group.group[0].dep.layer, group.group[0].dep.pruning_fn
                 graph.get_pruning_group(root, cut, score.indices[:count].tolist()).prune()
         history += graph.pruning_history()
+        compute.place(network)  # cutting takes the weights out of the channels-last order
         recalibrate(network, repair_on, compute, batch_size, f"Step {step}/{steps}, recalibrating batch norm")
 
         parameters, macs = (100 * (1 - costs(removed) / before)).tolist()
@@ -77,20 +78,27 @@ def prune_to_budget(
             f"Step {step}/{steps}: {100 * asked:.1f}% asked, {parameters:.2f}% of the parameters "
             f"and {macs:.2f}% of the multiply-accumulates removed"
         )
+    if abs(parameters - 100 * ratio) > 0.5:
+        raise UserError(
+            f"--ratio {ratio:g} cannot be met with widths in multiples of {ROUND_TO}: {parameters:.1f}% of the "
+            "parameters went. Ask for that, or for another --ratio"
+        )
     widths = layer_widths(network)
     layers = [
         {"name": name, "channels_before": width, "channels_after": widths[name]}
         for name, width in widths_before.items()
     ]
     _dependency_graph(unrepaired, example).load_pruning_history(history)
-    return {"steps": shares, "layers": layers}, unrepaired
+    return {"steps": shares, "layers": layers}, compute.place(unrepaired)
 
 
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
     """Set the running means and variances of batch norm to plain averages over `images`."""
-    batches = (inputs for inputs, _ in images.batches(batch_size))
+    # Every batch counts alike in these averages: a smaller last one is left out.
+    whole = max(1, len(images) // batch_size)
+    batches = itertools.islice((inputs for inputs, _ in images.batches(batch_size)), whole)
     with compute.autocast():
-        update_bn(progress(batches, title, "batch", total=-(-len(images) // batch_size)), network)
+        update_bn(progress(batches, title, "batch", total=whole), network)
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

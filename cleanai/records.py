@@ -15,15 +15,19 @@ from cleanai.scenario import Scenario
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
 
 
-def checkpoint_facts(scenario: Scenario, images: Images, config: dict[str, Any]) -> dict[str, Any]:
-    """What stands in a checkpoint beside its weights, so that they can be used and an earlier run recognised."""
+def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a checkpoint beside its weights, so that they can be used and an earlier run recognised.
+
+    To the settings in `config` it adds what an interrupted run must find again to be the same run.
+    """
+    conditions = f"{compute.precision}, {len(images.train):,} + {len(images.test):,} images from {images.source}"
     return {
         "model": scenario.model,
         "dataset": scenario.dataset,
         "classes": list(images.classes),
         "mean": images.train.mean.tolist(),
         "std": images.train.std.tolist(),
-        "config": config,
+        "config": {**config, "conditions": conditions},
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from cleanai import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
+CHECKPOINTS_DIR = PROJECT / "checkpoints"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
 
@@ -48,9 +49,11 @@ class Scenario:
     def require_fine_tuned(self, script: str) -> None:
         """Raise UserError when the preparing script has not left its network yet."""
         if not self.fine_tuned.exists():
+            dataset = "" if self.dataset == "CIFAR10" else f" --dataset {self.dataset}"
+            folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
             raise UserError(
-                f"Fine-tuned model not found: {self.fine_tuned}. Run first: python test_scenarios/{script}"
-                + ("" if self.dataset == "CIFAR10" else f" --dataset {self.dataset}")
+                f"Fine-tuned model not found: {self.fine_tuned}. "
+                f"Run first: python test_scenarios/{script}{dataset}{folder}"
             )
 
     @property

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def fine_tune(
     if interrupted:
         _load_into(network, interrupted, scenario.resume)
         optimizer.load_state_dict(interrupted["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = optimizer.defaults["fused"]  # the interrupted run may have been on another device
         history = interrupted["history"]
         print(f"Going on after epoch {len(history)} of an interrupted run")
 
@@ -97,6 +100,8 @@ def fine_tune(
         started = time.perf_counter()
         rate, loss, accuracy = _train_epoch(network, optimizer, images, compute, epoch, epochs, batch_size, lr, seed)
         test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
+        if not (math.isfinite(loss) and math.isfinite(test.loss)):
+            raise UserError(f"The loss is no longer a number in epoch {epoch}: use a lower --lr than {lr}")
         history.append(
             {
                 "epoch": epoch,
@@ -174,8 +179,6 @@ def _train_epoch(
         loss_sum += loss
         hits += (outputs.argmax(1) == labels).float().mean()
     mean_loss = loss_sum.item() / len(batches)
-    if mean_loss != mean_loss or mean_loss == float("inf"):
-        raise UserError(f"The loss is no longer a number in epoch {epoch}: use a lower --lr than {lr}")
     return rate, mean_loss, 100 * hits.item() / len(batches)
 
 

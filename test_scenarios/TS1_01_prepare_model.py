@@ -34,7 +34,8 @@ def main():
         precision="auto",
     )
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir)
-    record = None if args.fresh else find_record(scenario.record, args.config)
+    finished = scenario.final.exists() and not args.fresh
+    record = find_record(scenario.record, args.config) if finished else None
     if record:
         print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
     else:
@@ -62,14 +63,14 @@ def prepare(args, scenario):
     if args.fresh:
         scenario.remove_outputs()
 
-    facts = checkpoint_facts(scenario, images, args.config)
-    find_checkpoint(scenario.pretrained, args.config)  # an interrupted run with other settings is refused here
+    facts = checkpoint_facts(scenario, images, compute, args.config)
+    find_checkpoint(scenario.pretrained, facts["config"])  # an interrupted run with other settings is refused here
     torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
     network = compute.place(resnet18_for_small_images(len(images.classes), weights))
     save_network(scenario.pretrained, network, facts)
 
     seconds = estimate_epoch_seconds(network, images, compute, args.batch_size)
-    print(f"Fine-tuning will take about {args.epochs * seconds / 60:.1f} minutes, {seconds:.0f} s per epoch")
+    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {args.epochs * seconds / 60:.1f} minutes")
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 

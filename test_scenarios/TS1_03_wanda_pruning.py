@@ -43,7 +43,8 @@ def main():
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
     scenario.require_fine_tuned("TS1_01_prepare_model.py")
     args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
-    record = None if args.fresh else find_record(scenario.record, args.config)
+    finished = scenario.pruned.exists() and scenario.final.exists() and not args.fresh
+    record = find_record(scenario.record, args.config) if finished else None
     if record:
         print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
         if not scenario.report.exists():
@@ -72,7 +73,6 @@ def prune(args, scenario):
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
-    earlier = None if args.fresh else find_checkpoint(scenario.pruned, args.config)
     images = load_images(args.dataset, args.data_dir)
     images.require_classes(prepared["classes"], scenario.fine_tuned)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
@@ -80,12 +80,13 @@ def prune(args, scenario):
     print(f"Channels are measured on {len(calibration):,} test images; the other {len(heldout):,} are held out")
     if args.fresh:
         scenario.remove_outputs()
+    facts = checkpoint_facts(scenario, images, compute, args.config)
+    earlier = find_checkpoint(scenario.pruned, facts["config"])
     seconds = estimate_epoch_seconds(original, images, compute, args.batch_size)
-    print(f"Fine-tuning will take about {args.epochs * seconds / 60:.1f} minutes, {seconds:.0f} s per epoch")
+    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {args.epochs * seconds / 60:.1f} minutes")
     evaluations = {"original": evaluate(original, images.test, compute)}
     print(f"Before pruning: test accuracy {evaluations['original'].accuracy_percent:.2f}%")
 
-    facts = checkpoint_facts(scenario, images, args.config)
     if earlier:
         print(f"Found the pruned network of an earlier run: {scenario.pruned}")
         pruned, pruning = compute.place(network_from(earlier, scenario.pruned)), earlier["pruning"]

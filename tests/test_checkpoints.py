@@ -14,7 +14,9 @@ from cleanai.checkpoints import (
     write_bytes,
     write_record,
 )
+from cleanai.importance import WandaImportance
 from cleanai.models import load_network, save_network
+from cleanai.pruning import prune_to_budget
 
 FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 4, "seed": 0}}
 
@@ -23,8 +25,11 @@ def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
     path = tmp_path / "a.pth"
     save_checkpoint(path, {"config": {"epochs": 4, "batch_size": 64}})
     assert find_checkpoint(path, {"epochs": 4, "batch_size": 64})["config"]["epochs"] == 4
-    with pytest.raises(UserError, match=r"was made with --batch-size 64, and this run asks for 128: .*--fresh"):
+    with pytest.raises(UserError, match=r"was made with --batch-size 64, and this run is with --batch-size 128: "):
         find_checkpoint(path, {"epochs": 4, "batch_size": 128})
+    with pytest.raises(UserError, match=r"run without --train-samples, use another"):
+        save_checkpoint(path, {"config": {"train_samples": None}})
+        find_checkpoint(path, {"train_samples": 50})
     assert find_checkpoint(tmp_path / "none.pth", {}) is None
 
 
@@ -85,7 +90,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network):
+def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network, digits, compute):
+    images = digits.test.select(torch.arange(32))
+    prune_to_budget(network, WandaImportance(), images, images, compute, ratio=0.2, steps=1, batch_size=32)
     path, outputs = tmp_path / "n.pth", tmp_path / "o.pth"
     save_network(path, network, FACTS)
     program = (

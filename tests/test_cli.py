@@ -38,9 +38,9 @@ def test_help_explains_every_option_with_its_default(script):
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
-    own = ["--weights"] if script == SCRIPTS[0] else ["--ratio", "--steps", "--calibration-batches"]
+    own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--steps", "--calibration-batches"]
     own += ["--coverage-metric"] if script == SCRIPTS[1] else []
-    for option in [*shared, *own, "--data-dir", "--models-dir", "--checkpoints-dir", "--fresh"]:
+    for option in [*shared, *own, "--data-dir", "--checkpoints-dir", "--fresh"]:
         assert option in text
     assert f"python test_scenarios/{script}" in text
     assert f"(default: {20 if script == SCRIPTS[0] else 30})" in text
@@ -57,7 +57,7 @@ def test_help_explains_every_option_with_its_default(script):
         (0, ["--lr", "fast"], "--lr: fast is not a number"),
         (0, ["--weights", "imagenet22k"], "--weights"),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
-        (0, ["--epoch"], "--epoch"),
+        (0, ["--epoch", "3"], "--epoch 3"),
     ],
 )
 def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
@@ -67,9 +67,10 @@ def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_pruning_before_preparing_names_the_command_to_run(script, tmp_path):
     result = run(script, "--checkpoints-dir", tmp_path)
-    fails(result, "Fine-tuned model not found: ", "Run first: python test_scenarios/TS1_01_prepare_model.py")
+    command = "python test_scenarios/TS1_01_prepare_model.py"
+    fails(result, "Fine-tuned model not found: ", f'Run first: {command} --checkpoints-dir "{tmp_path}"')
     result = run(script, "--dataset", "Digits", "--checkpoints-dir", tmp_path)
-    fails(result, "python test_scenarios/TS1_01_prepare_model.py --dataset Digits")
+    fails(result, f"{command} --dataset Digits")
 
 
 def test_an_unknown_dataset_is_named(tmp_path):
@@ -103,8 +104,16 @@ def _ending(error, capsys):
     return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)
 
 
-def test_too_little_gpu_memory_says_what_to_lower(capsys):
-    status, message = _ending(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), capsys)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_too_little_memory_says_what_to_lower(error, capsys):
+    status, message = _ending(error, capsys)
     assert status == 1
     assert "lower --batch-size" in message
     assert "\n" not in message.strip()
@@ -113,7 +122,7 @@ def test_too_little_gpu_memory_says_what_to_lower(capsys):
 def test_an_interruption_says_how_to_go_on(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
-    assert "Run the same command again" in message
+    assert "The same command, without --fresh, goes on" in message
 
 
 def test_an_error_of_ours_is_not_disguised(capsys):

@@ -128,7 +128,7 @@ def test_held_out_images_are_those_not_used_for_calibration(digits):
     assert (len(calibration), len(heldout)) == (100, 260)
     together = torch.cat([calibration.pixels, digits.test.pixels[heldout]]).flatten(1)
     assert torch.equal(together.unique(dim=0), digits.test.pixels.flatten(1).unique(dim=0))
-    assert len(digits.calibration_split(6400, seed=0)[0]) == 180, "half of the test images stay held out"
+    assert len(digits.calibration_split(6400, seed=0)[0]) == 270, "a quarter of the test images stays held out"
 
 
 class TestDownload:

@@ -31,7 +31,7 @@ def test_a_fifth_of_parameters_and_arithmetic_goes(network, digits, compute, imp
         return counter.get_total_flops()
 
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, importance)
+    pruning, unrepaired = _prune(network, digits, compute, importance)
     removed = 100 * (1 - _parameters(network) / _parameters(original))
     macs_removed = 100 * (1 - flops(network) / flops(original))
     assert abs(removed - 20) <= 0.5
@@ -44,6 +44,8 @@ def test_a_fifth_of_parameters_and_arithmetic_goes(network, digits, compute, imp
     assert widths["layer4.1.conv1"] == network.layer4[1].conv1.weight.shape[0] < 512
     assert widths["fc"] == 10
     assert all(width % 8 == 0 for name, width in widths.items() if name != "fc")
+    weights = [p for some in (network, unrepaired) for p in some.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
     facts = {"classes": list("0123456789"), "config": {}}
     save_network(tmp_path / "pruned.pth", network, facts)

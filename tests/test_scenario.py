@@ -45,7 +45,8 @@ def test_starting_over_removes_only_what_the_script_made(tmp_path):
     assert all(path.exists() for path in others)
 
 
-def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path):
+def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cleanai.scenario.CHECKPOINTS_DIR", tmp_path)
     files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")
     with pytest.raises(UserError) as error:
         files.require_fine_tuned("TS1_01_prepare_model.py")
