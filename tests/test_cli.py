@@ -12,15 +12,23 @@ from cleanai.scenario import PROJECT
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
 
 
-def run(script, *options, **environment):
-    return subprocess.run(
+def start(script, *options, **environment):
+    """Start a script as a command."""
+    return subprocess.Popen(
         [sys.executable, str(PROJECT / "test_scenarios" / script), *map(str, options)],
-        capture_output=True,
-        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )
+
+
+def run(script, *options, **environment):
+    """Run a script as a command to its end: its status, and what it printed."""
+    process = start(script, *options, **environment)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def fails(result, *expected):

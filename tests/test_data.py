@@ -49,6 +49,7 @@ def test_batches_have_mean_zero_and_deviation_one(digits):
         ("other size", r"9\.png is 9 x 8 pixels and the first image is 8 x 8"),
         ("class empty", "train must hold images"),
         ("class missing", "same class folders; only one of them has dog"),
+        ("part missing", "test must hold images"),
     ],
 )
 def test_a_bad_image_folder_is_named_in_one_line(tmp_path, fault, message):
@@ -64,7 +65,7 @@ def test_a_bad_image_folder_is_named_in_one_line(tmp_path, fault, message):
         for path in (folder / "train/cat").iterdir():
             path.unlink()
     else:
-        shutil.rmtree(folder / "test/dog")
+        shutil.rmtree(folder / ("test/dog" if fault == "class missing" else "test"))
     with pytest.raises(UserError, match=message) as error:
         load_images("Pets", tmp_path)
     assert "\n" not in str(error.value)
@@ -177,6 +178,7 @@ class TestDownload:
             self._load(tmp_path, monkeypatch, content, cut_off=fault == "cut off")
         assert "\n" not in str(error.value)
         assert "by hand" in str(error.value)
+        assert list(tmp_path.rglob("*.tar.gz*")) == [], "nothing half-written is left"
         assert len(self._load(tmp_path, monkeypatch, archive).train) == 10
 
 

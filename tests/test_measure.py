@@ -18,6 +18,16 @@ def test_costs_of_the_unpruned_network():
     assert list(network.state_dict()) == names, "thop's buffers stay out of the network"
 
 
+def test_convolutions_and_the_classifier_are_counted_exactly():
+    network = resnet18_for_small_images(10)
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    average_pool = 512 * (4 * 4 + 1)  # thop counts each position, and the division
+    assert count_macs(network, torch.zeros(1, 3, 32, 32)) == 555_422_720 + average_pool
+
+
 def test_frozen_parameters_are_not_trainable():
     layer = nn.Linear(4, 3)
     layer.bias.requires_grad_(False)

@@ -2,8 +2,9 @@ import io
 
 import pytest
 from pypdf import PdfReader
+from reportlab.pdfbase import pdfmetrics
 
-from cleanai.report import pdf_report, write_report
+from cleanai.report import BOLD, FONT, pdf_report, write_report
 from tests.test_tables import COMPARISON
 
 
@@ -60,6 +61,9 @@ def test_the_report_holds_what_a_reader_needs(record):
 def test_turkish_letters_survive(record):
     record["environment"]["device"] = "Çalışma İstasyonu ğüşıöç"
     assert "Çalışma İstasyonu ğüşıöç" in _text(pdf_report(record))
+    for font in (FONT, BOLD):
+        glyphs = pdfmetrics.getFont(font).face.charToGlyph
+        assert all(ord(letter) in glyphs for letter in "çÇğĞıİöÖşŞüÜ")
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])

@@ -1,6 +1,7 @@
 """The three scripts as a user runs them, on a few images: what they print, and what they leave."""
 import json
 import shutil
+import time
 
 import pytest
 from pypdf import PdfReader
@@ -8,7 +9,7 @@ from pypdf import PdfReader
 from cleanai.models import load_network
 from cleanai.tables import comparison_table, preparation_table
 from tests.conftest import REAL_IMAGES
-from tests.test_cli import SCRIPTS, fails, run
+from tests.test_cli import SCRIPTS, fails, run, start
 
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
 
@@ -175,3 +176,34 @@ def test_the_three_scripts_on_real_images(tmp_path):
     assert f"{models['original']['macs'] / 1e9:.2f}" == "0.56"
     assert f"{models['fine_tuned']['macs'] / 1e9:.2f}" in ("0.44", "0.45")
     assert f"{models['fine_tuned']['parameters'] / 1e6:.1f}" == "8.9"
+
+
+def test_a_killed_script_goes_on_where_it_stopped(tmp_path):
+    options = ["--weights", "none", "--dataset", "Digits", *SMALL, "--epochs", "3", "--checkpoints-dir", tmp_path]
+    resume = tmp_path / "TS1" / "ResNet18_Digits_FT_resume.pth"
+    process = start(SCRIPTS[0], *options)
+    while process.poll() is None and not resume.exists():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert resume.exists(), "the script ended before it could be killed"
+
+    result = run(SCRIPTS[0], *options)
+    assert result.returncode == 0, result.stderr
+    assert "Going on after epoch " in result.stdout
+    assert "Epoch 1/3" not in result.stdout
+    assert "Epoch 3/3" in result.stdout
+    assert [path.name for path in (tmp_path / "TS1").glob("*resume*")] == []
+
+
+def test_fresh_starts_over_with_other_settings(digits_run, tmp_path):
+    folder, _ = digits_run
+    shutil.copytree(folder / "TS1", tmp_path / "TS1")
+    result = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1", "--fresh")
+    assert result.returncode == 0, result.stderr
+    assert "Epoch 1/1" in result.stdout
+    assert not (tmp_path / "TS1" / "ResNet18_Digits_FT_epoch5.pth").exists()
+    # What was pruned before belongs to another network now.
+    shutil.copytree(folder / "TS1_Wanda_ResNet18_Digits", tmp_path / "TS1_Wanda_ResNet18_Digits")
+    other = prune(SCRIPTS[2], tmp_path, "--dataset", "Digits", "--epochs", "5")
+    fails(other, "was made from another fine-tuned model: start over with --fresh")
