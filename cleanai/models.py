@@ -103,10 +103,10 @@ def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
         for key, tensor in module.named_parameters(recurse=False):
-            shape = state[prefix + key].shape
-            module.register_parameter(key, nn.Parameter(tensor.new_empty(shape), requires_grad=tensor.requires_grad))
-        for key, tensor in module.named_buffers(recurse=False):
-            module.register_buffer(key, tensor.new_empty(state[prefix + key].shape))
+            like = torch.empty_like(state[prefix + key])  # its order in memory, too
+            module.register_parameter(key, nn.Parameter(like, requires_grad=tensor.requires_grad))
+        for key, _ in module.named_buffers(recurse=False):
+            module.register_buffer(key, torch.empty_like(state[prefix + key]))
         if isinstance(module, nn.Conv2d):
             if module.groups == module.in_channels:  # depthwise: one group per channel, however many are left
                 module.groups = module.weight.shape[0]

@@ -49,10 +49,10 @@ def prepare(args, scenario):
     import torch
 
     from cleanai.compute import choose_compute
-    from cleanai.data import load_images
     from cleanai.measure import count_parameters
     from cleanai.models import download_imagenet_weights, resnet18_for_small_images, save_network
     from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.sources import load_images
     from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
 
     compute = choose_compute(args.device, args.precision)

@@ -62,12 +62,12 @@ def prune(args, scenario):
     import copy
 
     from cleanai.compute import choose_compute
-    from cleanai.data import load_images
     from cleanai.importance import NeuronCoverageImportance
     from cleanai.measure import compare
     from cleanai.models import network_from, save_network
     from cleanai.pruning import prune_to_budget
     from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.sources import load_images
     from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
 
     compute = choose_compute(args.device, args.precision)

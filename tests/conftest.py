@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from cleanai.compute import Compute, choose_compute
-from cleanai.data import Images, load_images
+from cleanai.data import Images
 from cleanai.models import resnet18_for_small_images
 from cleanai.scenario import PROJECT, Scenario
+from cleanai.sources import load_images
 
 REAL_IMAGES = PROJECT / "downloaded_datasets" / "CIFAR10"
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision import datasets
 
 from cleanai import UserError
-from cleanai.data import Images, ImageSet, balanced_order, load_images
+from cleanai.data import Images, ImageSet, balanced_order
+from cleanai.sources import load_images
 from tests.conftest import REAL_IMAGES, make_image_folder
 from tests.servers import serving
 

@@ -4,7 +4,8 @@ import pytest
 from pypdf import PdfReader
 from reportlab.pdfbase import pdfmetrics
 
-from cleanai.report import BOLD, FONT, pdf_report, write_report
+from cleanai.charts import BOLD, FONT
+from cleanai.report import pdf_report, write_report
 from tests.test_tables import COMPARISON
 
 
