@@ -3,8 +3,13 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) test_scenarios
 DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
+DEMO_PREPARE := --weights none --epochs 4
+DEMO_PRUNE := --epochs 2 --lr 0.0003
 
-.PHONY: demo run test lint clean
+.PHONY: help demo run test lint clean
+
+help:
+	@head -1 Makefile
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,13 +23,13 @@ DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 
 # The second round finds everything done, and prints the three tables and the paths of the reports together.
 demo: .venv/installed
-	$(RUN)/TS1_01_prepare_model.py $(DEMO) --weights none --epochs 4 --fresh
-	$(RUN)/TS1_02_coverage_pruning.py $(DEMO) --epochs 1 --fresh
-	$(RUN)/TS1_03_wanda_pruning.py $(DEMO) --epochs 1 --fresh
+	$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE) --fresh
+	$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
+	$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
 	@echo; echo "The demo is done. The three tables once more, from what was recorded:"
-	@$(RUN)/TS1_01_prepare_model.py $(DEMO) --weights none --epochs 4
-	@$(RUN)/TS1_02_coverage_pruning.py $(DEMO) --epochs 1
-	@$(RUN)/TS1_03_wanda_pruning.py $(DEMO) --epochs 1
+	@$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE)
+	@$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE)
+	@$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE)
 
 run: .venv/installed
 	$(RUN)/TS1_01_prepare_model.py

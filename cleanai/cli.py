@@ -45,14 +45,20 @@ def _between(low: float, high: float) -> Callable[[str], float]:
 # What decides the results; an earlier run's files are taken up only when all of these were the same.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir"},
-    "weights": {"choices": ("imagenet", "none"), "help": "what training starts from: ImageNet weights, or nothing"},
+    "weights": {"choices": ("imagenet", "none"), "help": "what training starts from: ImageNet weights, or random ones"},
     "epochs": {"type": _whole(1), "help": "epochs of fine-tuning"},
-    "batch_size": {"type": _whole(1), "help": "images per training step; lower it when GPU memory runs out"},
+    "batch_size": {
+        "type": _whole(1),
+        "help": "images per training step and calibration batch; lower it when GPU memory runs out",
+    },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
     "train_samples": {"type": _whole(1), "help": "train on that many images only, chosen evenly over the classes"},
-    "ratio": {"type": _between(0, 1), "help": "share of the parameters, and of the arithmetic, to remove"},
+    "ratio": {"type": _between(0, 1), "help": "share of the parameters, and of the multiply-accumulates, to remove"},
     "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
-    "calibration_batches": {"type": _whole(1), "help": "batches of test images that the channels are measured on"},
+    "calibration_batches": {
+        "type": _whole(1),
+        "help": "batches of test images to measure the channels on; at most three quarters of the images are taken",
+    },
     "coverage_metric": {
         "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),
         "help": "how a channel's coverage is measured",
@@ -68,7 +74,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
-    "fresh": {"action": "store_true", "help": "start over: delete what this script made before"},
+    "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
 
 

@@ -57,8 +57,8 @@ def choose_compute(device: str, precision: str) -> Compute:
     if precision != "auto":
         return Compute(chosen, precision, "as asked for")
     if _has_bfloat16_units(chosen):
-        return Compute(chosen, "bfloat16", "the hardware multiplies it faster")
-    return Compute(chosen, "float32", "the hardware has no bfloat16 units")
+        return Compute(chosen, "bfloat16", "faster than float32 on this hardware")
+    return Compute(chosen, "float32", "this hardware has no bfloat16 units")
 
 
 def _has_bfloat16_units(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ def load_images(dataset: str, data_dir: Path) -> Images:
     else:
         raise UserError(
             f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
-            f"or put your images into {folder / '{train,test}' / '<class>'}"
+            f"or put your images into {folder / '{train,test}' / '<class>' / '*.png'}"
         )
     mean, std = _channel_statistics(train[0])
     return Images(

@@ -4,7 +4,7 @@ Loads the network that script 1 left, measures how active its channels are on pa
 of it in five steps over all layers, fine-tunes it, and compares the three networks in a table and a PDF.
 
     python test_scenarios/TS1_02_coverage_pruning.py
-    python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # a minute or two on a CPU
+    python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record

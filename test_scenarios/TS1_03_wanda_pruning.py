@@ -5,7 +5,7 @@ images, removes a fifth of the network in five steps over all layers, fine-tunes
 in a table and a PDF.
 
     python test_scenarios/TS1_03_wanda_pruning.py
-    python test_scenarios/TS1_03_wanda_pruning.py --dataset Digits --epochs 2    # a minute or two on a CPU
+    python test_scenarios/TS1_03_wanda_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from cleanai.scenario import PROJECT, Scenario
 from cleanai.sources import load_images
 
 REAL_IMAGES = PROJECT / "downloaded_datasets" / "CIFAR10"
+needs_real_images = pytest.mark.skipif(
+    not (REAL_IMAGES / "train").is_dir(), reason="the CIFAR-10 image folder is not there"
+)
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +57,13 @@ def make_image_folder(root: Path, size: tuple[int, int] = (8, 8), per_class: int
             for number in range(per_class):
                 Image.new("RGB", size, color).save(folder / f"{number}.png")
     return root
+
+
+def copy_real_images(data_dir: Path, per_class: int) -> None:
+    """Copy the first real CIFAR-10 images of each class into a dataset of that name in `data_dir`."""
+    for part in ("train", "test"):
+        for folder in sorted((REAL_IMAGES / part).iterdir()):
+            target = data_dir / "CIFAR10" / part / folder.name
+            target.mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:per_class]:
+                shutil.copy(path, target)

@@ -13,7 +13,7 @@ from torchvision import datasets
 from cleanai import UserError
 from cleanai.data import Images, ImageSet, balanced_order
 from cleanai.sources import load_images
-from tests.conftest import REAL_IMAGES, make_image_folder
+from tests.conftest import copy_real_images, make_image_folder, needs_real_images
 from tests.servers import serving
 
 
@@ -183,13 +183,9 @@ class TestDownload:
         assert len(self._load(tmp_path, monkeypatch, archive).train) == 10
 
 
-@pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="the CIFAR-10 image folder is not there")
+@needs_real_images
 def test_real_images_are_read_as_they_are(tmp_path):
-    for part in ("train", "test"):
-        for folder in sorted((REAL_IMAGES / part).iterdir()):
-            (tmp_path / "CIFAR10" / part / folder.name).mkdir(parents=True)
-            for path in sorted(folder.iterdir())[:50]:
-                shutil.copy(path, tmp_path / "CIFAR10" / part / folder.name)
+    copy_real_images(tmp_path, per_class=50)
     images = load_images("CIFAR10", tmp_path)
     assert images.classes[3] == "cat"
     assert images.train.pixels.shape == (500, 3, 32, 32)

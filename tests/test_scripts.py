@@ -8,7 +8,7 @@ from pypdf import PdfReader
 
 from cleanai.models import load_network
 from cleanai.tables import comparison_table, preparation_table
-from tests.conftest import REAL_IMAGES
+from tests.conftest import copy_real_images, needs_real_images
 from tests.test_cli import SCRIPTS, fails, run, start
 
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
@@ -158,13 +158,9 @@ def test_a_console_without_unicode_is_no_obstacle(digits_run):
     assert "Accuracy Improvement: " in result.stdout
 
 
-@pytest.mark.skipif(not REAL_IMAGES.is_dir(), reason="the CIFAR-10 image folder is not there")
+@needs_real_images
 def test_the_three_scripts_on_real_images(tmp_path):
-    for part in ("train", "test"):
-        for folder in sorted((REAL_IMAGES / part).iterdir()):
-            (tmp_path / "CIFAR10" / part / folder.name).mkdir(parents=True)
-            for path in sorted(folder.iterdir())[:20]:
-                shutil.copy(path, tmp_path / "CIFAR10" / part / folder.name)
+    copy_real_images(tmp_path, per_class=20)
     source = ["--data-dir", tmp_path, "--epochs", "1"]
     results = [prepare(tmp_path / "out", *source)]
     results += [prune(script, tmp_path / "out", *source) for script in SCRIPTS[1:]]
