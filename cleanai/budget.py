@@ -1,7 +1,6 @@
 """Which channels go: the costs of a network as functions of its widths, and the choice that meets a budget."""
 from __future__ import annotations
 
-import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import Any, Iterator
@@ -80,14 +79,17 @@ def _output_positions(network: nn.Module, example: torch.Tensor) -> dict[nn.Modu
         positions[layer] = output[0].numel() // (output.shape[-1] if isinstance(layer, nn.Linear) else output.shape[1])
 
     hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, CONSUMERS)]
-    with contextlib.ExitStack() as stack, torch.inference_mode():
+    try:
+        with torch.inference_mode():
+            network.eval()(example)
+    finally:
         for hook in hooks:
-            stack.callback(hook.remove)
-        network.eval()(example)
+            hook.remove()
     return positions
 
 
 def refuse_unreachable(costs: Costs, least: dict[nn.Module, int], ratio: float) -> None:
+    """Raise UserError when narrowing every group to its `least` width removes less than `ratio` of a cost."""
     most = torch.tensor([_blocks(group.channels, least[group.root])[-1:] or [0] for group in costs.groups]).double()
     reachable = (1 - costs(most.flatten()) / costs.now).min().item()
     if ratio > reachable:

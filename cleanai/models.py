@@ -1,7 +1,6 @@
 """Networks: ResNet-18 from torchvision, adapted to small images, and pruned networks rebuilt from their weights."""
 from __future__ import annotations
 
-import hashlib
 import http.client
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet, ResNet18_Weights, resnet18
 
 from cleanai import UserError
-from cleanai.checkpoints import load_checkpoint, save_checkpoint
+from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
 
 WEIGHTS_URL = ResNet18_Weights.IMAGENET1K_V1.url  # its file name ends in the first digits of its SHA-256
 
@@ -60,7 +59,7 @@ def download_imagenet_weights(models_dir: Path, url: str | None = None) -> Path:
                 f"The ImageNet weights could not be downloaded ({reason}): put {url} by hand at {path}, "
                 "or start from random weights with --weights none"
             ) from error
-    elif not hashlib.sha256(path.read_bytes()).hexdigest().startswith(checksum):
+    elif not file_digest(path).startswith(checksum):
         raise UserError(f"{path} is not the published file (its SHA-256 differs): delete it and run again")
     return path
 
