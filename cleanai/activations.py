@@ -1,7 +1,8 @@
-"""Channel statistics at the inputs of the layers that read them."""
+"""Statistics of what reaches the layers that read channels: per channel, and between channels."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable, Iterable
 
 import torch
 from torch import nn
@@ -31,19 +32,75 @@ def record_statistics(
     sums are streamed, so memory does not grow with the images, and how they are split into batches does not matter.
     The network runs in evaluation mode and is left as it was: mode, buffers and hooks.
     """
+
+    def measure(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+        channel = values.ndim - 1 if isinstance(layer, nn.Linear) else 1
+        rest = [dim for dim in range(values.ndim) if dim != channel]
+        return torch.stack([values.abs().sum(rest), (values > 0).sum(rest), values.square().sum(rest)])  # (3, C)
+
+    def positions(layer: nn.Module, values: torch.Tensor) -> int:
+        return values.numel() // values.shape[-1 if isinstance(layer, nn.Linear) else 1]
+
+    layers = [m for m in network.modules() if isinstance(m, CONSUMERS)]
+    means = _means(network, layers, measure, positions, images, compute, batch_size, title)
+    return {layer: ChannelStatistics(*mean.cpu().clone()) for layer, mean in means.items()}
+
+
+def record_grams(
+    network: nn.Module,
+    spreads: dict[nn.Module, int],
+    images: ImageSet,
+    compute: Compute,
+    batch_size: int,
+    title: str = "Measuring how channels go together",
+) -> dict[nn.Module, torch.Tensor]:
+    """Run `images` through `network` and return the Gram matrix of what each layer in `spreads` received.
+
+    G = mean of x x^T over images and positions: (groups, C, C) float64, C being the input channels of each group of a
+    convolution. A linear layer behind a flatten reads each channel as so many features as `spreads` says, which count
+    as positions; for other layers it is 1. Streamed, and the network left as it was, as by `record_statistics`.
+    """
+
+    def rows(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, nn.Linear):
+            spread = spreads[layer]
+            return values.reshape(-1, values.shape[-1] // spread, spread).movedim(1, 2).flatten(0, 1)[None]  # (1, M, C)
+        grouped = values.movedim(1, -1).flatten(0, -2)  # (M, all channels)
+        return grouped.reshape(len(grouped), layer.groups, -1).movedim(1, 0)  # (groups, M, C)
+
+    def measure(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+        x = rows(layer, values)
+        return x.transpose(1, 2) @ x
+
+    def positions(layer: nn.Module, values: torch.Tensor) -> int:
+        return rows(layer, values).shape[1]
+
+    return _means(network, list(spreads), measure, positions, images, compute, batch_size, title)
+
+
+def _means(
+    network: nn.Module,
+    layers: Iterable[nn.Module],
+    measure: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    positions: Callable[[nn.Module, torch.Tensor], int],
+    images: ImageSet,
+    compute: Compute,
+    batch_size: int,
+    title: str,
+) -> dict[nn.Module, torch.Tensor]:
+    """Sum `measure` of each layer's input over all images, and divide by the sum of `positions`: float64."""
     sums: dict[nn.Module, tuple] = {}
 
     def add(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        values = args[0].float()  # sums in float32 whatever the network runs in, and over the batches in float64
-        channel = values.ndim - 1 if isinstance(layer, nn.Linear) else 1
-        rest = [dim for dim in range(values.ndim) if dim != channel]
-        batch = torch.stack([values.abs().sum(rest), (values > 0).sum(rest), values.square().sum(rest)])  # (3, C)
-        total, count = sums.get(layer, (0, 0))
-        sums[layer] = (total + batch.double(), count + values.numel() // values.shape[channel])
+        # Float32 whatever the network runs in, and over the batches float64.
+        with torch.autocast(args[0].device.type, enabled=False):
+            values = args[0].float()
+            total, count = sums.get(layer, (0, 0))
+            sums[layer] = (total + measure(layer, values).double(), count + positions(layer, values))
 
     was_training = network.training
     network.eval()
-    hooks = [m.register_forward_pre_hook(add) for m in network.modules() if isinstance(m, CONSUMERS)]
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     try:
         with torch.inference_mode():
             batches = images.batches(batch_size)
@@ -54,4 +111,4 @@ def record_statistics(
         for hook in hooks:
             hook.remove()
         network.train(was_training)
-    return {layer: ChannelStatistics(*(total / count).cpu().clone()) for layer, (total, count) in sums.items()}
+    return {layer: total / count for layer, (total, count) in sums.items()}

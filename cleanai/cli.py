@@ -42,6 +42,16 @@ def _between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def _share(word: str) -> Callable[[str], float | str | None]:
+    """A share of something, or `word`; "none" stands for no share at all."""
+    share = _between(0, 1)
+
+    def parse(text: str) -> float | str | None:
+        return None if text == "none" else text if text == word else share(text)
+
+    return parse
+
+
 # What decides the results; an earlier run's files are taken up only when all of these were the same.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "dataset": {"help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir"},
@@ -53,8 +63,20 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
     "train_samples": {"type": _whole(1), "help": "train on that many images only, chosen evenly over the classes"},
-    "ratio": {"type": _between(0, 1), "help": "share of the parameters, and of the multiply-accumulates, to remove"},
+    "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images only"},
+    "ratio": {"type": _share("none"), "help": "share of the parameters to remove; none: however many go"},
+    "macs_ratio": {
+        "type": _share("same"),
+        "help": "share of the multiply-accumulates to remove: a number, the same as --ratio, or none",
+    },
     "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
+    "round_to": {"type": _whole(1), "help": "widths stay multiples of it, as hardware likes them; 1 takes any"},
+    "repair": {
+        "choices": ("full", "bn", "none"),
+        "help": "after each step: full lets the channels that stay take over what they can and recalibrates batch "
+        "norm, bn only recalibrates, none does neither",
+    },
+    "repair_batches": {"type": _whole(1), "help": "batches of training images, without their labels, for the repair"},
     "calibration_batches": {
         "type": _whole(1),
         "help": "batches of test images to measure the channels on; at most three quarters of the images are taken",
@@ -94,10 +116,15 @@ def parse(description: str, **defaults: Any) -> Options:
     common = {name: option for name, option in _COMMON.items() if name != "models_dir" or "weights" in defaults}
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     for name, option in options.items():
-        shown = "all" if option.get("default") is None else "%(default)s"
+        nothing = "none" if "ratio" in name else "all"
+        shown = nothing if option.get("default") is None else "%(default)s"
         text = option["help"] if name == "fresh" else f"{option['help']} (default: {shown})"
         parser.add_argument("--" + name.replace("_", "-"), **{**option, "help": text})
     args = parser.parse_args(namespace=Options())
+    if "ratio" in defaults:
+        args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
+        if args.ratio is None and args.macs_ratio is None:
+            parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
     args.config = {name: getattr(args, name) for name in defaults}
     return args
 

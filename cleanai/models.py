@@ -106,11 +106,16 @@ def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
             module.register_parameter(key, nn.Parameter(like, requires_grad=tensor.requires_grad))
         for key, _ in module.named_buffers(recurse=False):
             module.register_buffer(key, torch.empty_like(state[prefix + key]))
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             if module.groups == module.in_channels:  # depthwise: one group per channel, however many are left
                 module.groups = module.weight.shape[0]
-            module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-        elif isinstance(module, nn.BatchNorm2d):
-            module.num_features = len(module.running_mean)
+            widths = module.weight.shape[0], module.weight.shape[1] * module.groups
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            module.in_channels, module.out_channels = widths if transposed else widths[::-1]
+        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            sized = module.weight if module.running_mean is None else module.running_mean
+            module.num_features = module.num_features if sized is None else len(sized)
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = len(module.weight)
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape

@@ -1,98 +1,130 @@
-"""Pruning in steps: measure the channels, choose, cut them out with torch_pruning, repair."""
+"""Pruning in steps: measure the channels, choose, let what stays take over, cut with torch_pruning."""
 from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch_pruning as tp
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cleanai import UserError
-from cleanai.activations import CONSUMERS, record_statistics
-from cleanai.budget import LEAST_KEPT, ROUND_TO, Costs, choose_channels, refuse_unreachable
+from cleanai.activations import CONSUMERS, record_grams, record_statistics
+from cleanai.budget import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
+from cleanai.groups import Group, find_groups, sound_groups
 from cleanai.importance import ActivationImportance
 from cleanai.progress import progress
+from cleanai.reconstruction import output_errors, reconstruct
+
+ROUND_TO = 8  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
 
 
 def prune_to_budget(
     network: nn.Module,
-    importance: ActivationImportance,
+    importance: tp.importance.Importance,
     calibration: ImageSet,
     repair_on: ImageSet,
     compute: Compute,
-    ratio: float,
+    parameters_ratio: float | None,
+    macs_ratio: float | None,
     steps: int,
     batch_size: int,
+    round_to: int = ROUND_TO,
+    repair: str = "full",
+    after_step: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
-    """Remove `ratio` of a network's parameters and of its multiply-accumulates, in place.
+    """Remove shares of a network's parameters and of its multiply-accumulates, in place; None leaves one of them free.
 
-    In each of `steps` equal steps the channels are measured anew on `calibration`, ranked over the whole network by
-    `importance`, cut, and batch norm is recalibrated on `repair_on`, whose labels are not looked at. The layer that
-    ends the network keeps its outputs.
+    In each of `steps` equal steps the channels are measured anew on `calibration`, and `importance` puts those of each
+    group in order. How many each group gives is chosen over the whole network, so that both shares are met, widths
+    stay multiples of `round_to`, and the layers that read the channels lose least (see `_losses`). With `repair` "full"
+    these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
+    "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
+    puts out keeps its width.
 
-    Returns what went (`steps`: shares removed after each, in percent; `layers`: widths before and after), and a copy
-    of the network without the same channels that was not repaired. Raises UserError, before anything is touched, when
-    so much cannot be removed.
+    Returns what went (`steps`: shares asked for and removed after each, in percent; `layers`: widths before and after),
+    and a copy of the network without the same channels that was not repaired. `after_step` is called with the number
+    of each step, the network, and that copy. Raises UserError, before anything is touched, when the shares cannot be
+    met or the network cannot be pruned.
     """
     example = next(calibration.batches(1))[0]
-    unrepaired, history = copy.deepcopy(network), []
+    unrepaired = copy.deepcopy(network)
     widths_before = layer_widths(network)
-    shares = []
+    sound = sound_groups(network, next(calibration.batches(2))[0])
+    shares = (parameters_ratio, macs_ratio)
+    achieved = []
     for step in range(1, steps + 1):
-        graph = _dependency_graph(network, example)
-        costs = Costs(network, graph, example)
+        title = f"Step {step}/{steps}, "
+        graph, groups = _groups(network, example, sound)
+        costs = Costs(network, groups, example)
         if step == 1:
             before = costs.now
-            least = {group.root: max(ROUND_TO, round(LEAST_KEPT * group.channels)) for group in costs.groups}
-            refuse_unreachable(costs, least, ratio)
-        importance.statistics = record_statistics(
-            network, calibration, compute, batch_size, f"Step {step}/{steps}, measuring channels"
-        )
-        scores = [importance(group.group).sort() for group in costs.groups]
-        asked = ratio * step / steps
-        removed = choose_channels(costs, [score.values for score in scores], least, before, before * (1 - asked))
-        for group, score, count in zip(costs.groups, scores, removed.int().tolist()):
-            if count:
-                root, cut = group.group[0].dep.layer, group.group[0].dep.pruning_fn
-                graph.get_pruning_group(root, cut, score.indices[:count].tolist()).prune()
-        history += graph.pruning_history()
-        compute.place(network)  # cutting takes the weights out of the channels-last order
-        recalibrate(network, repair_on, compute, batch_size, f"Step {step}/{steps}, recalibrating batch norm")
+            least = {group.name: max(round_to, round(LEAST_KEPT * group.channels)) for group in groups}
+        cuts = [allowed_cuts(group, least[group.name], round_to) for group in groups]
+        if step == 1:
+            nothing_lost = [torch.zeros(len(cut)) for cut in cuts]
+            _require(shares, before, costs(choose_cuts(costs, cuts, nothing_lost, Budget.removing(before, *shares))))
+        asked = [None if share is None else share * step / steps for share in shares]
 
-        parameters, macs = (100 * (1 - costs(removed) / before)).tolist()
-        shares.append(
-            {"asked_percent": 100 * asked, "parameters_removed_percent": parameters, "macs_removed_percent": macs}
-        )
-        print(
-            f"Step {step}/{steps}: {100 * asked:.1f}% asked, {parameters:.2f}% of the parameters "
-            f"and {macs:.2f}% of the multiply-accumulates removed"
-        )
-    if abs(parameters - 100 * ratio) > 0.5:
-        raise UserError(
-            f"--ratio {ratio:g} cannot be met with widths in multiples of {ROUND_TO}: {parameters:.1f}% of the "
-            "parameters went. Ask for that, or for another --ratio"
-        )
+        if isinstance(importance, ActivationImportance):
+            importance.statistics = record_statistics(
+                network, calibration, compute, batch_size, title + "measuring channels"
+            )
+        spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
+        grams = record_grams(network, spreads, repair_on, compute, batch_size, title + "measuring relations")
+        orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
+        losses = [
+            _losses(group, order, grams)[torch.tensor(cut) * group.units // group.channels]
+            for group, order, cut in zip(groups, orders, cuts)
+        ]
+        removed = choose_cuts(costs, cuts, losses, Budget.removing(before, *asked))
+        if step == steps:
+            _require(shares, before, costs(removed))
+        gone = {
+            group.name: order[: int(count) * group.units // group.channels].tolist()
+            for group, order, count in zip(groups, orders, removed)
+        }
+
+        if repair == "full":
+            for layer, gram in grams.items():
+                rows = [group.inputs(layer)[gone[group.name]].flatten() for group in groups if layer in group.readers]
+                reconstruct(layer, gram, torch.cat(rows), spreads[layer])
+        _cut(graph, groups, gone)
+        _cut(*_groups(unrepaired, example, sound), gone)
+        for pruned in (network, unrepaired):
+            compute.place(pruned)  # cutting takes the weights out of the channels-last order
+        if repair != "none":
+            recalibrate(network, repair_on, compute, batch_size, title + "recalibrating batch norm")
+        achieved.append(_report(step, steps, asked, (1 - costs(removed) / before).tolist()))
+        if after_step is not None:
+            after_step(step, network, unrepaired)
     widths = layer_widths(network)
     layers = [
         {"name": name, "channels_before": width, "channels_after": widths[name]}
         for name, width in widths_before.items()
     ]
-    _dependency_graph(unrepaired, example).load_pruning_history(history)
-    return {"steps": shares, "layers": layers}, compute.place(unrepaired)
+    return {"steps": achieved, "layers": layers}, unrepaired
 
 
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
     """Set the running means and variances of batch norm to plain averages over `images`."""
-    # Every batch counts alike in these averages: a smaller last one is left out.
-    whole = max(1, len(images) // batch_size)
-    batches = itertools.islice((inputs for inputs, _ in images.batches(batch_size)), whole)
-    with compute.autocast():
-        update_bn(progress(batches, title, "batch", total=whole), network)
+    # Not torch's update_bn: it puts dropout and stochastic depth into training mode as well.
+    norms = [m for m in network.eval().modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None  # a cumulative average
+    # Every batch counts alike in it: a smaller last one is left out.
+    whole = max(1, len(images) // batch_size) if norms else 0
+    with torch.inference_mode(), compute.autocast():
+        for inputs, _ in progress(itertools.islice(images.batches(batch_size), whole), title, "batch", total=whole):
+            network(inputs)
+    for norm, momentum in zip(norms, momenta):
+        norm.eval().momentum = momentum
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:
@@ -104,6 +136,60 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
     }
 
 
-def _dependency_graph(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
-    # Evaluation mode: tracing must not move the running statistics of batch norm.
-    return tp.DependencyGraph().build_dependency(network.eval(), example_inputs=example)
+def _groups(network: nn.Module, example: torch.Tensor, sound: set[str]) -> tuple[tp.DependencyGraph, list[Group]]:
+    graph, groups = find_groups(network, example)
+    return graph, [group for group in groups if group.name in sound]
+
+
+def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+    """What the network loses without none, one, ... all of a group's units, lowest first as in `order`: (units + 1,).
+
+    The importance says which channels of a group go first; how many go, and from which group, is decided by what the
+    layers that read them lose. Of the power of its outputs a reader keeps a share 1 - e, e being the squared error that
+    is left after reconstruction (`output_errors`). What is lost on the way multiplies, so losses are -log(1 - e),
+    summed over the readers: a layer that is nearly wiped out costs far more than several that lose a little, and a
+    residual stream, which many layers read, costs what they all lose. A score alone cannot tell this, since it does
+    not know which channels can stand in for which.
+
+    Accuracy with half of the parameters and of the multiply-accumulates gone in one step, after repair and without
+    fine-tuning, on 2,500 training images that were not used for it (84.2% before), channels in the order of Neuron
+    Coverage and of WANDA: this rule 77.9 and 79.4; e itself 77.8 and 79.1; e without reconstruction 71.4 and 77.8;
+    summed scores as shares of their layer 76.2 and 77.6, by LAMP 75.6 and 76.7; with Neuron Coverage also as z-scores
+    71.7, over their mean 65.2, raw 65.3; the same share of every layer 75.9.
+    """
+    kept = [
+        1 - output_errors(layer, grams[layer], group.inputs(layer)[order], group.spreads[layer])
+        for layer in group.readers
+    ]
+    lost = -torch.stack(kept).clamp_min(1e-9).log().sum(0)
+    return torch.cat([lost.new_zeros(1), lost])
+
+
+def _cut(graph: tp.DependencyGraph, groups: list[Group], gone: dict[str, list[int]]) -> None:
+    for group in groups:
+        if gone[group.name]:
+            group.remove(graph, gone[group.name])
+
+
+def _require(shares: tuple[float | None, float | None], before: torch.Tensor, nearest: torch.Tensor) -> None:
+    """Raise UserError when these costs, the nearest that were found, do not meet the shares to be removed."""
+    if Budget.removing(before, *shares).missed(nearest, before) > 0:
+        asked = " ".join(f"{name} {share:g}" for name, share in zip(("--ratio", "--macs-ratio"), shares) if share)
+        parameters, macs = (100 * (1 - nearest / before)).tolist()
+        raise UserError(
+            f"{asked} cannot be met in this network: the nearest is {parameters:.2f}% of the parameters and "
+            f"{macs:.2f}% of the multiply-accumulates. Ask for that, leave one free with none, or try --round-to 1"
+        )
+
+
+def _report(step: int, steps: int, asked: list[float | None], removed: list[float]) -> dict[str, float | None]:
+    shown = [
+        f"{100 * went:.2f}% of the {name} removed ({'left free' if share is None else f'{100 * share:.2f}% asked'})"
+        for name, share, went in zip(("parameters", "multiply-accumulates"), asked, removed)
+    ]
+    print(f"Step {step}/{steps}: {', '.join(shown)}")
+    return {
+        f"{name}_{what}_percent": None if share is None else 100 * share
+        for what, values in (("asked", asked), ("removed", removed))
+        for name, share in zip(("parameters", "macs"), values)
+    }

@@ -16,7 +16,17 @@ from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Space
 
 from cleanai.charts import BOLD, DARK, FONT, GREY, MARGIN, PADDING, WIDTH, accuracy_chart, channels_chart
 from cleanai.checkpoints import write_bytes
-from cleanai.tables import MODELS, TITLES, Record, comparison_rows, counted, prepared_with, summary_rows
+from cleanai.tables import (
+    MODELS,
+    TITLES,
+    Record,
+    asked_for,
+    comparison_rows,
+    counted,
+    prepared_with,
+    repair_stages,
+    summary_rows,
+)
 
 _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
 _CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
@@ -89,11 +99,11 @@ def _comparison(record: Record) -> Table:
 
 
 def _steps(record: Record) -> Table:
-    rows = [["Step", "Asked (%)", "Parameters removed (%)", "FLOPs removed (%)"]]
+    rows = [["Step", "Parameters asked (%)", "removed (%)", "FLOPs asked (%)", "removed (%)"]]
+    keys = ("parameters_asked_percent", "parameters_removed_percent", "macs_asked_percent", "macs_removed_percent")
     for number, step in enumerate(record["pruning"]["steps"], 1):
-        shares = (step["asked_percent"], step["parameters_removed_percent"], step["macs_removed_percent"])
-        rows.append([str(number), *(f"{share:.2f}" for share in shares)])
-    return _table(rows, [WIDTH * 0.1, *[WIDTH * 0.3] * 3])
+        rows.append([str(number), *("-" if step[key] is None else f"{step[key]:.2f}" for key in keys)])
+    return _table(rows, [WIDTH * 0.1, *[WIDTH * 0.225] * 4])
 
 
 def _table(rows: list[list[str]], widths: list[float]) -> Table:
@@ -154,7 +164,7 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
 def _what_was_done(record: Record) -> str:
     config, dataset = record["config"], record["dataset"]
     return (
-        f"{record['scenario']}: {100 * config['ratio']:g}% of the parameters and of the arithmetic removed in "
+        f"{record['scenario']}: {asked_for(config)} removed in "
         f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
         f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
         f"Original network: {prepared_with(record)}."
@@ -162,12 +172,11 @@ def _what_was_done(record: Record) -> str:
 
 
 def _accuracy_note(record: Record) -> str:
-    pruning, models = record["pruning"], record["models"]
+    models = record["models"]
     return (
         f"Test accuracy: {models['original']['accuracy_percent']:.2f}% before pruning; after it "
-        f"{pruning['accuracy_raw_percent']:.2f}% untouched and {pruning['accuracy_recalibrated_percent']:.2f}% with "
-        f"batch norm recalibrated (epoch 0 of the curve); {models['fine_tuned']['accuracy_percent']:.2f}% after "
-        "fine-tuning. Training accuracy is measured on augmented images while the network learns."
+        f"{repair_stages(record['pruning'])}: epoch 0 of the curve; {models['fine_tuned']['accuracy_percent']:.2f}% "
+        "after fine-tuning. Training accuracy is measured on augmented images while the network learns."
     )
 
 

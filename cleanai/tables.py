@@ -108,6 +108,25 @@ def prepared_with(record: Record) -> str:
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
 
 
+def asked_for(config: Record) -> str:
+    """The shares that were to be removed."""
+    parameters, macs = config["ratio"], config["macs_ratio"]
+    if parameters == macs:
+        return f"{100 * parameters:g}% of the parameters and of the arithmetic"
+    shares = ((parameters, "parameters"), (macs, "arithmetic"))
+    return " and ".join(f"{100 * share:g}% of the {name}" for share, name in shares if share is not None)
+
+
+def repair_stages(pruning: Record) -> str:
+    """The accuracy right after pruning, and after each part of the repair that was made."""
+    stages = [
+        ("accuracy_raw_percent", "as cut"),
+        ("accuracy_recalibrated_percent", "with batch norm recalibrated"),
+        ("accuracy_reconstructed_percent", "with the layers reconstructed as well"),
+    ]
+    return ", ".join(f"{pruning[key]:.2f}% {text}" for key, text in stages if key in pruning)
+
+
 def counted(number: int, noun: str) -> str:
     """For example "1 epoch" or "30 epochs"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -11,15 +11,19 @@ from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
 from cleanai.report import write_report
 from cleanai.scenario import Scenario
-from cleanai.tables import comparison_table, origin_lines
+from cleanai.tables import comparison_table, origin_lines, repair_stages
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
 DATASET = "CIFAR10"
 METHOD = "Wanda"
-PRUNING_RATIO = 0.2  # of the parameters, and of the arithmetic
+PRUNING_RATIO = 0.2  # of the parameters
+MACS_RATIO = "same"  # of the arithmetic: as of the parameters, a number, or None
 ITERATIVE_STEPS = 5
+ROUND_TO = 8  # widths stay multiples of it
 CALIBRATION_BATCHES = 50  # of test images; they never decide which network is kept
+REPAIR = "full"  # what stays takes over from what went, and batch norm is recalibrated
+REPAIR_BATCHES = 50  # of training images, without their labels
 EPOCHS = 30
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
@@ -31,8 +35,12 @@ def main():
         __doc__,
         dataset=DATASET,
         ratio=PRUNING_RATIO,
+        macs_ratio=MACS_RATIO,
         steps=ITERATIVE_STEPS,
+        round_to=ROUND_TO,
         calibration_batches=CALIBRATION_BATCHES,
+        repair=REPAIR,
+        repair_batches=REPAIR_BATCHES,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
@@ -64,7 +72,7 @@ def prune(args, scenario):
     from cleanai.importance import WandaImportance
     from cleanai.measure import compare
     from cleanai.models import network_from, save_network
-    from cleanai.pruning import prune_to_budget
+    from cleanai.pruning import prune_to_budget, recalibrate
     from cleanai.records import checkpoint_facts, describe_run
     from cleanai.sources import load_images
     from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
@@ -93,18 +101,30 @@ def prune(args, scenario):
     else:
         pruned = copy.deepcopy(original)
         importance = WandaImportance()
-        repair_on = images.train.sample(len(calibration), args.seed)
+        repair_on = images.repair_sample(args.repair_batches * args.batch_size, args.seed)
         pruning, unrepaired = prune_to_budget(
-            pruned, importance, calibration, repair_on, compute, args.ratio, args.steps, args.batch_size
+            pruned,
+            importance,
+            calibration,
+            repair_on,
+            compute,
+            parameters_ratio=args.ratio,
+            macs_ratio=args.macs_ratio,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            round_to=args.round_to,
+            repair=args.repair,
         )
         pruning["accuracy_raw_percent"] = evaluate(unrepaired, images.test, compute).accuracy_percent
+        if args.repair == "full":  # so that the report can tell what each part of the repair did
+            recalibrate(unrepaired, repair_on, compute, args.batch_size, "Recalibrating the unrepaired network")
+            pruning["accuracy_recalibrated_percent"] = evaluate(unrepaired, images.test, compute).accuracy_percent
         save_network(scenario.pruned, pruned, {**facts, "pruning": pruning})
     evaluations["pruned"] = evaluate(pruned, images.test, compute)
-    pruning["accuracy_recalibrated_percent"] = evaluations["pruned"].accuracy_percent
-    print(
-        f"After pruning: test accuracy {pruning['accuracy_raw_percent']:.2f}%, "
-        f"with batch norm recalibrated {pruning['accuracy_recalibrated_percent']:.2f}%"
-    )
+    if args.repair != "none":
+        repaired = {"bn": "accuracy_recalibrated_percent", "full": "accuracy_reconstructed_percent"}[args.repair]
+        pruning[repaired] = evaluations["pruned"].accuracy_percent
+    print(f"After pruning: test accuracy {repair_stages(pruning)}")
 
     tuned = copy.deepcopy(pruned)
     history = fine_tune(tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed)

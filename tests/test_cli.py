@@ -46,7 +46,8 @@ def test_help_explains_every_option_with_its_default(script):
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
-    own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--steps", "--calibration-batches"]
+    own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--macs-ratio", "--steps"]
+    own += [] if script == SCRIPTS[0] else ["--calibration-batches", "--round-to", "--repair", "--repair-batches"]
     own += ["--coverage-metric"] if script == SCRIPTS[1] else []
     for option in [*shared, *own, "--data-dir", "--checkpoints-dir", "--fresh"]:
         assert option in text
@@ -60,6 +61,10 @@ def test_help_explains_every_option_with_its_default(script):
         (1, ["--ratio", "1.5"], "--ratio: 1.5 is not a number between 0 and 1"),
         (2, ["--ratio", "0"], "--ratio: 0 is not a number between 0 and 1"),
         (1, ["--ratio", "nan"], "--ratio: nan is not a number"),
+        (1, ["--macs-ratio", "most"], "--macs-ratio: most is not a number between 0 and 1"),
+        (2, ["--ratio", "none"], "--ratio: none leaves nothing to remove without a --macs-ratio"),
+        (1, ["--round-to", "0"], "--round-to: 0 is not a whole number"),
+        (1, ["--repair", "half"], "--repair"),
         (0, ["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
         (0, ["--batch-size", "-4"], "--batch-size"),
         (0, ["--lr", "fast"], "--lr: fast is not a number"),
@@ -136,3 +141,15 @@ def test_an_interruption_says_how_to_go_on(capsys):
 def test_an_error_of_ours_is_not_disguised(capsys):
     with pytest.raises(RuntimeError, match="a bug"):
         _ending(RuntimeError("a bug"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], (0.2, 0.2)), (["--ratio", "0.5"], (0.5, 0.5)), (["--macs-ratio", "0.4"], (0.2, 0.4)),
+     (["--macs-ratio", "none"], (0.2, None)), (["--ratio", "none", "--macs-ratio", "0.4"], (None, 0.4))],
+)  # fmt: skip
+def test_the_macs_follow_the_parameters_unless_told_otherwise(monkeypatch, options, expected):
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    args = cli.parse("A scenario.", ratio=0.2, macs_ratio="same")
+    assert (args.ratio, args.macs_ratio) == expected
+    assert args.config == {"ratio": expected[0], "macs_ratio": expected[1]}

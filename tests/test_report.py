@@ -15,7 +15,8 @@ def record():
     return {
         **COMPARISON,
         "config": {
-            "dataset": "CIFAR10", "ratio": 0.2, "steps": 5, "epochs": 3, "train_samples": None, "lr": 0.001, "seed": 0,
+            "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2, "steps": 5, "epochs": 3, "train_samples": None,
+            "lr": 0.001, "seed": 0,
         },
         "prepared_with": {"weights": "imagenet", "epochs": 20, "train_samples": None, "seed": 0},
         "environment": {
@@ -28,9 +29,11 @@ def record():
             "calibration_images": 6400,
         },
         "pruning": {
-            "accuracy_raw_percent": 74.12, "accuracy_recalibrated_percent": 90.2,
+            "accuracy_raw_percent": 74.12, "accuracy_recalibrated_percent": 88.31,
+            "accuracy_reconstructed_percent": 90.2,
             "steps": [
-                {"asked_percent": 4.0 * n, "parameters_removed_percent": 4.01 * n, "macs_removed_percent": 4.1 * n}
+                {"parameters_asked_percent": 4.0 * n, "parameters_removed_percent": 4.01 * n,
+                 "macs_asked_percent": None, "macs_removed_percent": 4.1 * n}
                 for n in range(1, 6)
             ],
             "layers": [{"name": name, "channels_before": a, "channels_after": b} for name, a, b in layers],
@@ -52,7 +55,8 @@ def test_the_report_holds_what_a_reader_needs(record):
     for expected in (
         "Neuron Coverage Pruning", "TS1_Coverage_ResNet18_CIFAR10", "Original (FT)", "After Pruning+FT",
         "92.00", "90.20", "91.70", "34.08", "8.94", "0.45", "2.15", "91.60",
-        "Final Accuracy Drop", "-0.30%", "+1.50%", "1.14x", "Accuracy over the epochs", "74.12%",
+        "Final Accuracy Drop", "-0.30%", "+1.50%", "1.14x", "Accuracy over the epochs", "74.12% as cut",
+        "88.31% with batch norm",
         "Channels per layer", "layer4.1.conv1", "20.05", "Some <GPU> & CPU", "torch 2.0.1", "image folder", "Page 2",
         "from ImageNet weights, 20 epochs, seed 0", "Seed",
     ):  # fmt: skip

@@ -1,7 +1,7 @@
 """The printed tables, against those of the scenario's own page."""
 import copy
 
-from cleanai.tables import comparison_table, origin_lines, preparation_table
+from cleanai.tables import asked_for, comparison_table, origin_lines, preparation_table, repair_stages
 
 PREPARATION = {
     "models": {
@@ -104,3 +104,16 @@ def test_origin_names_source_and_held_out_images():
         "Channels were measured on 6,400 of the test images; held-out accuracy is that on the other 3,600",
         "Original network: from random weights, 1 epoch on 5,000 images, seed 3",
     ]
+
+
+def test_the_stages_of_repair_that_were_measured_are_told():
+    pruning = {"accuracy_raw_percent": 60.25, "accuracy_recalibrated_percent": 80.4}
+    assert repair_stages(pruning) == "60.25% as cut, 80.40% with batch norm recalibrated"
+    pruning["accuracy_reconstructed_percent"] = 81.0
+    assert repair_stages(pruning).endswith(", 81.00% with the layers reconstructed as well")
+
+
+def test_what_was_asked_for_is_told_for_each_budget():
+    assert asked_for({"ratio": 0.2, "macs_ratio": 0.2}) == "20% of the parameters and of the arithmetic"
+    assert asked_for({"ratio": 0.2, "macs_ratio": 0.35}) == "20% of the parameters and 35% of the arithmetic"
+    assert asked_for({"ratio": None, "macs_ratio": 0.35}) == "35% of the arithmetic"

@@ -1,0 +1,207 @@
+"""Does a criterion choose better channels than others? Accuracy right after pruning, without any fine-tuning.
+
+From the fine-tuned model of script 1, each criterion removes a tenth of the parameters and of the multiply-accumulates
+at a time, up to 70%: with the same budgets, steps and repair, and from three different sets of calibration images. At
+each tenth the accuracy is measured as cut, with batch norm recalibrated, and reconstructed, always on the same test
+images, on which no channel was measured. An interrupted run goes on with the same command.
+
+    python benchmarks/criteria.py
+    python benchmarks/criteria.py --calibration-batches 50 --repair-batches 50 --test-samples 2500    # on a GPU
+"""
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import statistics
+from pathlib import Path
+
+import torch
+import torch_pruning as tp
+from reportlab.graphics import renderSVG
+from reportlab.graphics.charts.lineplots import LinePlot
+from reportlab.graphics.shapes import Drawing, Line, String
+from reportlab.graphics.widgets.markers import makeMarker
+from reportlab.lib import colors
+
+from cleanai import UserError, cli
+from cleanai.charts import DARK, GREY, LIGHT
+from cleanai.checkpoints import load_checkpoint, write_bytes
+from cleanai.compute import choose_compute
+from cleanai.importance import NeuronCoverageImportance, WandaImportance
+from cleanai.models import network_from
+from cleanai.pruning import prune_to_budget, recalibrate
+from cleanai.scenario import PROJECT, Scenario
+from cleanai.sources import load_images
+from cleanai.training import evaluate
+
+FOLDER = PROJECT / "results" / "criteria"
+RATIO, STEPS = 0.7, 7  # a tenth per step
+SEEDS = 3
+BATCH_SIZE = 128
+CRITERIA = {
+    "Neuron Coverage": NeuronCoverageImportance,
+    "WANDA": WandaImportance,
+    "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "FPGM": tp.importance.FPGMImportance,
+    "random": tp.importance.RandomImportance,
+}
+STAGES = {"raw": "As cut", "recalibrated": "Batch norm recalibrated", "reconstructed": "Reconstructed as well"}
+STYLES = (
+    (DARK, None, "FilledCircle"),
+    (LIGHT, None, "FilledSquare"),
+    (colors.HexColor("#3a9a5b"), (4, 2), "FilledTriangle"),
+    (colors.HexColor("#b05090"), (4, 2), "FilledDiamond"),
+    (GREY, (1, 2), "Circle"),
+)
+
+
+def main() -> None:
+    args = cli.parse(
+        __doc__, dataset="CIFAR10", calibration_batches=8, repair_batches=8, test_samples=2000, precision="auto"
+    )
+    scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
+    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    compute = choose_compute(args.device, args.precision)
+    print(compute.description)
+    original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
+    images = load_images(args.dataset, args.data_dir).to(compute.device)
+    pool, heldout = images.calibration_split(len(images.test), seed=0)  # a quarter of the test images is held out
+    test = images.test.select(heldout).sample(args.test_samples, seed=0)
+    before = evaluate(original, test, compute).accuracy_percent
+    print(f"Before pruning: {before:.2f}% of {len(test):,} held-out test images")
+
+    path = FOLDER / f"{scenario.name}_{args.dataset}.csv"
+    facts = {
+        "original_percent": f"{before:.2f}",
+        "test_images": str(len(test)),
+        "calibration_images": str(min(args.calibration_batches * BATCH_SIZE, len(pool))),
+        "repair_images": str(min(args.repair_batches * BATCH_SIZE, len(images.train))),
+    }
+    rows = [] if args.fresh or not path.exists() else read_rows(path)
+    if any({key: row[key] for key in facts} != facts for row in rows):
+        raise UserError(f"{path} was measured with another network or other images: start over with --fresh")
+    runs = [(seed, name) for seed in range(SEEDS) for name in CRITERIA]
+    for seed, name in runs:
+        if not any((row["criterion"], row["seed"]) == (name, str(seed)) for row in rows):
+            print(f"{name}, seed {seed}")
+            calibration = pool.sample(args.calibration_batches * BATCH_SIZE, seed)
+            repair_on = images.repair_sample(args.repair_batches * BATCH_SIZE, seed)
+            torch.manual_seed(seed)
+            measured = prune_and_measure(
+                copy.deepcopy(original), CRITERIA[name](), calibration, repair_on, test, compute
+            )
+            rows += [{"criterion": name, "seed": str(seed), **row, **facts} for row in measured]
+            write_rows(path, rows)
+    print(f"\n{table(rows)}")
+    write_bytes(path.with_suffix(".svg"), renderSVG.drawToString(chart(rows)).encode("utf-8"))
+    print(f"\n{path} and {path.with_suffix('.svg').name}")
+
+
+def prune_and_measure(network, importance, calibration, repair_on, test, compute) -> list[dict[str, str]]:
+    """Prune step by step, and tell the accuracies after each."""
+    rows = []
+
+    def measure(step: int, repaired: torch.nn.Module, unrepaired: torch.nn.Module) -> None:
+        raw = evaluate(unrepaired, test, compute).accuracy_percent
+        recalibrated = copy.deepcopy(unrepaired)
+        recalibrate(recalibrated, repair_on, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
+        stages = (
+            raw,
+            evaluate(recalibrated, test, compute).accuracy_percent,
+            evaluate(repaired, test, compute).accuracy_percent,
+        )
+        rows.append({"step": step, **{f"{stage}_percent": f"{value:.2f}" for stage, value in zip(STAGES, stages)}})
+        print(
+            "  test accuracy " + ", ".join(f"{stage} {value:.2f}%" for stage, value in zip(STAGES, stages)), flush=True
+        )
+
+    pruning, _ = prune_to_budget(
+        network, importance, calibration, repair_on, compute, RATIO, RATIO, STEPS, BATCH_SIZE, after_step=measure
+    )
+    for row, step in zip(rows, pruning["steps"]):
+        del row["step"]
+        for key in ("parameters_asked_percent", "parameters_removed_percent", "macs_removed_percent"):
+            row[key] = f"{step[key]:.2f}"
+    return rows
+
+
+def means(rows: list[dict[str, str]], name: str, stage: str) -> dict[float, list[float]]:
+    """The accuracies of a criterion after a stage, over the seeds, by the percentage that was to be removed."""
+    values: dict[float, list[float]] = {}
+    for row in rows:
+        if row["criterion"] == name:
+            values.setdefault(float(row["parameters_asked_percent"]), []).append(float(row[f"{stage}_percent"]))
+    return values
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """For each stage and criterion the mean accuracy over the seeds, and the standard deviation behind it."""
+    asked = sorted({float(row["parameters_asked_percent"]) for row in rows})
+    lines = []
+    for stage, title in STAGES.items():
+        lines += [f"{title + ', %':<24}" + "".join(f"{-percent:>13.0f}%" for percent in asked)]
+        for name in CRITERIA:
+            values = means(rows, name, stage)
+            cells = [f"{statistics.mean(values[p]):.1f} ({statistics.pstdev(values[p]):.1f})" for p in asked]
+            lines += [f"  {name:<22}" + "".join(f"{cell:>14}" for cell in cells)]
+    return "\n".join(lines)
+
+
+def chart(rows: list[dict[str, str]]) -> Drawing:
+    """Mean accuracy over what was removed, a panel for each stage."""
+    width, height = 240, 200
+    drawing = Drawing(3 * width + 20, height + 50)
+    original = float(rows[0]["original_percent"])
+    for column, (stage, title) in enumerate(STAGES.items()):
+        plot = LinePlot()
+        plot.x, plot.y, plot.width, plot.height = column * width + 34, 30, width - 48, height - 20
+        plot.data = [
+            [(0, original), *((p, statistics.mean(v)) for p, v in means(rows, name, stage).items())]
+            for name in CRITERIA
+        ]
+        for number, (color, dashes, marker) in enumerate(STYLES):
+            plot.lines[number].strokeColor, plot.lines[number].strokeWidth = color, 1.5
+            plot.lines[number].strokeDashArray = dashes
+            plot.lines[number].symbol = makeMarker(marker, size=5, fillColor=color, strokeColor=color)
+        lowest = min(accuracy for line in plot.data for _, accuracy in line)
+        bottom = 10 * (lowest // 10)
+        plot.yValueAxis.valueMin, plot.yValueAxis.valueMax = bottom, 10 * (original // 10 + 1)
+        plot.yValueAxis.valueStep = 20 if bottom < 40 else 10 if bottom < 60 else 5
+        plot.xValueAxis.valueMin, plot.xValueAxis.valueMax, plot.xValueAxis.valueStep = 0, 100 * RATIO, 10
+        for axis in (plot.xValueAxis, plot.yValueAxis):
+            axis.labels.fontName, axis.labels.fontSize, axis.labelTextFormat = "Helvetica", 8, "%d"
+            axis.strokeColor = GREY
+        plot.yValueAxis.visibleGrid, plot.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
+        drawing.add(plot)
+        center = plot.x + plot.width / 2
+        drawing.add(
+            String(center, height + 16, f"{title}: accuracy (%)", fontName="Helvetica", fontSize=9, textAnchor="middle")
+        )
+        drawing.add(
+            String(center, 4, "parameters and MACs removed (%)", fontName="Helvetica", fontSize=8, textAnchor="middle")
+        )
+    for number, (name, (color, dashes, _)) in enumerate(zip(CRITERIA, STYLES)):
+        x = 60 + 120 * number
+        drawing.add(Line(x, height + 40, x + 22, height + 40, strokeColor=color, strokeWidth=2, strokeDashArray=dashes))
+        drawing.add(String(x + 27, height + 37, name, fontName="Helvetica", fontSize=9))
+    return drawing
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of an earlier run."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write all rows, over those of an earlier run."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

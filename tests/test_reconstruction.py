@@ -1,0 +1,163 @@
+"""Reconstruction against least squares in float64, for every kind of layer that reads channels."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cleanai.activations import record_grams
+from cleanai.data import ImageSet
+from cleanai.reconstruction import RIDGE, output_errors, reconstruct
+
+READERS = {
+    "convolution": (lambda: nn.Conv2d(8, 6, 3, padding=1), 1),
+    "strided": (lambda: nn.Conv2d(8, 6, 3, stride=2), 1),
+    "grouped": (lambda: nn.Conv2d(8, 6, 3, groups=2), 1),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 2, stride=2), 1),
+    "transposed, grouped": (lambda: nn.ConvTranspose2d(8, 6, 2, groups=2), 1),
+    "linear behind a flatten": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 6)), 36),
+    "linear": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)), 1),
+}
+
+
+@pytest.fixture
+def pictures():
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    return ImageSet(pixels, torch.zeros(50, dtype=torch.long), torch.full((3,), 0.5), torch.full((3,), 0.3))
+
+
+def _layer(reader):
+    return reader[-1] if isinstance(reader, nn.Sequential) else reader
+
+
+def _network(kind, repeat=False):
+    torch.manual_seed(1)
+    first = nn.Conv2d(3, 8, 3)
+    if repeat:  # within each half, the second channel is twice the first
+        for start in (0, 4):
+            first.weight.data[start + 1], first.bias.data[start + 1] = 2 * first.weight[start], 2 * first.bias[start]
+    make, spread = READERS[kind]
+    return nn.Sequential(first, nn.ReLU(), make()).eval(), spread
+
+
+def _gone(layer):
+    """Channel 1 of each group of the reader, as numbers within a group and over all."""
+    groups = getattr(layer, "groups", 1)
+    return torch.tensor([1]), [1 + group * 8 // groups for group in range(groups)]
+
+
+def _without(network, channels, inputs):
+    """The outputs with these channels silenced."""
+    values = network[1](network[0](inputs)).clone()
+    values[:, channels] = 0
+    return network[2](values)
+
+
+@pytest.mark.parametrize("kind", READERS)
+class TestEveryReader:
+    def test_with_nothing_removed_nothing_moves(self, kind, pictures, compute):
+        network, spread = _network(kind)
+        layer = _layer(network[2])
+        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        before = layer.weight.clone()
+        reconstruct(layer, gram, torch.tensor([], dtype=torch.long), spread)
+        assert torch.equal(layer.weight, before)
+
+    def test_a_repeated_channel_is_taken_over_whole(self, kind, pictures, compute):
+        network, spread = _network(kind, repeat=True)
+        layer = _layer(network[2])
+        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        inputs = next(pictures.batches(20))[0]
+        gone, everywhere = _gone(layer)
+        with torch.inference_mode():
+            before = network(inputs)
+            cut = _without(network, everywhere, inputs)
+            lost = output_errors(layer, gram, gone[:, None], spread)
+            reconstruct(layer, gram, gone, spread)
+            repaired = _without(network, everywhere, inputs)
+        assert (cut - before).abs().max() > 0.05
+        # What is missing is the ridge's doing.
+        assert (repaired - before).abs().max() < 50 * RIDGE * (cut - before).abs().max()
+        assert lost < 10 * RIDGE
+
+    def test_it_is_least_squares(self, kind, pictures, compute):
+        """The change of the weights solves min |W_R x_R - D x_P|^2 + lambda |D|^2, by stacked float64 rows."""
+        network, spread = _network(kind)
+        layer = _layer(network[2])
+        groups = getattr(layer, "groups", 1)
+        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        with torch.inference_mode():
+            values = network[1](network[0](next(pictures.batches(50))[0]))
+            values = values.mean((2, 3), keepdim=True) if kind == "linear" else values
+        gone, _ = _gone(layer)
+        before = copy.deepcopy(layer)
+        reconstruct(layer, gram, gone, spread)
+        for group, channels in enumerate(torch.arange(8).chunk(groups)):
+            x = values[:, channels].movedim(1, -1).flatten(0, -2).double()  # (positions, channels of this group)
+            kept = [j for j in range(len(channels)) if j not in gone]
+            ridge = RIDGE * x.square().mean()
+            rows = torch.cat([x[:, kept] / len(x) ** 0.5, ridge.sqrt() * torch.eye(len(kept)).double()])
+            target = torch.cat([x[:, gone] / len(x) ** 0.5, torch.zeros(len(kept), len(gone)).double()])
+            taken_over = torch.linalg.lstsq(rows, target).solution  # (kept, gone)
+            old, new = (_kernels(one, group, groups, spread) for one in (before, layer))  # (outputs, inputs, positions)
+            expected = old[:, kept] + torch.einsum("ork,pr->opk", old[:, gone], taken_over)
+            torch.testing.assert_close(new[:, kept], expected, rtol=1e-3, atol=1e-4)  # of float32 sums
+            assert not torch.allclose(new[:, kept], old[:, kept], atol=1e-3)
+
+
+def _kernels(layer, group, groups, spread):
+    weight = layer.weight.detach().double()
+    if isinstance(layer, nn.Linear):
+        return weight.reshape(len(weight), -1, spread)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return weight.chunk(groups, 0)[group].transpose(0, 1).flatten(2)
+    return weight.chunk(groups, 0)[group].flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "grouped", "linear"])
+def test_the_error_told_is_the_error_left(kind, pictures, compute):
+    """For a 1x1 kernel, or without one, the share told is that of the outputs themselves."""
+    network, spread = _network(kind)
+    if kind != "linear":
+        network[2] = nn.Conv2d(8, 6, 1, groups=READERS[kind][0]().groups, bias=False)
+    else:
+        network[2][-1].bias.data.zero_()
+    layer = _layer(network[2])
+    gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=50)[layer]
+    groups = getattr(layer, "groups", 1)
+    order = torch.tensor([2, 0, 1])[:, None]
+    told = output_errors(layer, gram, order, spread)
+    assert (told.diff() >= 0).all()
+    inputs = next(pictures.batches(50))[0]
+    for count in (1, 2, 3):
+        repaired = copy.deepcopy(network)
+        gone = order[:count, 0]
+        reconstruct(_layer(repaired[2]), gram, gone, spread)
+        everywhere = [int(j) + group * 8 // groups for j in gone for group in range(groups)]
+        with torch.inference_mode():
+            before = network(inputs)
+            left = (_without(repaired, everywhere, inputs) - before).square().mean() / before.square().mean()
+        assert told[count - 1].item() == pytest.approx(left.item(), rel=0.05)
+
+
+def test_the_gram_matrix_is_the_mean_of_products_however_the_images_are_split(pictures, compute):
+    network, _ = _network("grouped")
+    layer = network[2]
+    with torch.inference_mode():
+        values = network[:2](next(pictures.batches(50))[0]).double()
+    rows = values.movedim(1, -1).flatten(0, 2)
+    expected = torch.stack([half.T @ half / len(rows) for half in rows.chunk(2, dim=1)])
+    for size in (1, 16, 50):
+        gram = record_grams(network, {layer: 1}, pictures, compute, size)[layer]
+        assert gram.shape == (2, 4, 4)  # one small matrix per group, whatever the number of images
+        torch.testing.assert_close(gram, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_receives_nothing_is_left_alone(compute):
+    layer = nn.Conv2d(4, 2, 1)
+    before = layer.weight.clone()
+    gram = torch.zeros(1, 4, 4, dtype=torch.float64)
+    reconstruct(layer, gram, torch.tensor([1]), 1)
+    assert torch.equal(layer.weight, before)
+    assert output_errors(layer, gram, torch.tensor([[1], [2]]), 1).tolist() == [0, 0]
