@@ -7,6 +7,7 @@ from typing import Callable, Iterable
 import torch
 from torch import nn
 
+from cleanai import UserError
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.progress import progress
@@ -33,16 +34,14 @@ def record_statistics(
     The network runs in evaluation mode and is left as it was: mode, buffers and hooks.
     """
 
-    def measure(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    def measure(layer: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, int]:
         channel = values.ndim - 1 if isinstance(layer, nn.Linear) else 1
         rest = [dim for dim in range(values.ndim) if dim != channel]
-        return torch.stack([values.abs().sum(rest), (values > 0).sum(rest), values.square().sum(rest)])  # (3, C)
-
-    def positions(layer: nn.Module, values: torch.Tensor) -> int:
-        return values.numel() // values.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        sums = torch.stack([values.abs().sum(rest), (values > 0).sum(rest), values.square().sum(rest)])  # (3, C)
+        return sums, values.numel() // values.shape[channel]
 
     layers = [m for m in network.modules() if isinstance(m, CONSUMERS)]
-    means = _means(network, layers, measure, positions, images, compute, batch_size, title)
+    means = _means(network, layers, measure, images, compute, batch_size, title)
     return {layer: ChannelStatistics(*mean.cpu().clone()) for layer, mean in means.items()}
 
 
@@ -61,42 +60,39 @@ def record_grams(
     as positions; for other layers it is 1. Streamed, and the network left as it was, as by `record_statistics`.
     """
 
-    def rows(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    def measure(layer: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, int]:
         if isinstance(layer, nn.Linear):
-            spread = spreads[layer]
-            return values.reshape(-1, values.shape[-1] // spread, spread).movedim(1, 2).flatten(0, 1)[None]  # (1, M, C)
-        grouped = values.movedim(1, -1).flatten(0, -2)  # (M, all channels)
-        return grouped.reshape(len(grouped), layer.groups, -1).movedim(1, 0)  # (groups, M, C)
+            x = values.reshape(1, -1, values.shape[-1] // spreads[layer], spreads[layer])
+            x = x.movedim(2, 3).flatten(1, 2)  # (1, positions, C)
+        else:
+            x = values.movedim(1, -1).flatten(0, -2)
+            x = x.reshape(len(x), layer.groups, -1).movedim(1, 0)  # (groups, positions, C)
+        return x.transpose(1, 2) @ x, x.shape[1]
 
-    def measure(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
-        x = rows(layer, values)
-        return x.transpose(1, 2) @ x
-
-    def positions(layer: nn.Module, values: torch.Tensor) -> int:
-        return rows(layer, values).shape[1]
-
-    return _means(network, list(spreads), measure, positions, images, compute, batch_size, title)
+    return _means(network, list(spreads), measure, images, compute, batch_size, title)
 
 
 def _means(
     network: nn.Module,
     layers: Iterable[nn.Module],
-    measure: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    positions: Callable[[nn.Module, torch.Tensor], int],
+    measure: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, int]],
     images: ImageSet,
     compute: Compute,
     batch_size: int,
     title: str,
 ) -> dict[nn.Module, torch.Tensor]:
-    """Sum `measure` of each layer's input over all images, and divide by the sum of `positions`: float64."""
+    """The mean, in float64, of what `measure` sums over each layer's input, and of which it tells the number.
+
+    Raises UserError when it is not finite.
+    """
     sums: dict[nn.Module, tuple] = {}
 
     def add(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         # Float32 whatever the network runs in, and over the batches float64.
         with torch.autocast(args[0].device.type, enabled=False):
             values = args[0].float()
-            total, count = sums.get(layer, (0, 0))
-            sums[layer] = (total + measure(layer, values).double(), count + positions(layer, values))
+            (total, count), (more, number) = sums.get(layer, (0, 0)), measure(layer, values)
+            sums[layer] = (total + more.double(), count + number)
 
     was_training = network.training
     network.eval()
@@ -111,4 +107,6 @@ def _means(
         for hook in hooks:
             hook.remove()
         network.train(was_training)
+    if not all(total.isfinite().all() for total, _ in sums.values()):
+        raise UserError("The network computes values that are not finite numbers: its weights are damaged")
     return {layer: total / count for layer, (total, count) in sums.items()}

@@ -111,8 +111,8 @@ class Budget:
 
 def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
     """How many channels of a group can go, from none: what stays is a multiple of `round_to`, and at least `least`."""
-    whole = math.gcd(group.channels // group.units, round_to)
-    multiple = group.channels // group.units * round_to // whole
+    parallel = group.channels // group.units
+    multiple = parallel * round_to // math.gcd(parallel, round_to)
     return [0] + [group.channels - width for width in range(group.channels - 1, least - 1, -1) if width % multiple == 0]
 
 
@@ -167,6 +167,8 @@ def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Te
         prices = ((1 - rate) * per_channel[:, 0] + rate * per_channel[:, 1])[groups]
         order = (slopes / prices).argsort(stable=True)
         order = order[prices[order] > 0]  # below 0 and above 1 the cost that would run out first is worth keeping
+        if not len(order):
+            return torch.zeros(len(cuts), dtype=torch.long), costs.now
         taken = one[groups[order]].cumsum(0)
         spent = costs((one[groups[order]] * sizes[order, None]).cumsum(0))
         met = (spent <= budget.high)[:, 0 if budget.high[0] < math.inf else 1]
@@ -185,8 +187,11 @@ def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Te
 
 def _convex_slopes(cuts: list[int], losses: torch.Tensor) -> torch.Tensor:
     """What each block costs per channel along the lower convex hull of a group's losses: ever more."""
+
+    def slope(start: int, end: int) -> float:
+        return (losses[end] - losses[start]).item() / (cuts[end] - cuts[start])
+
     hull = [0]
-    slope = lambda a, b: (losses[b] - losses[a]).item() / (cuts[b] - cuts[a])  # noqa: E731
     for point in range(1, len(cuts)):
         while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], point):
             hull.pop()

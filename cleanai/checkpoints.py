@@ -91,7 +91,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
-    for key in sorted(made_with.keys() | config.keys()):
+    for key in {**config, **made_with}:
         before, now = made_with.get(key), config.get(key)
         if before == now:
             continue

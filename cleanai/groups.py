@@ -66,7 +66,7 @@ def find_groups(network: nn.Module, example: torch.Tensor) -> tuple[tp.Dependenc
         items = list(graph.get_all_groups())
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{type(network).__name__} cannot be pruned: torch_pruning cannot follow how it reorders its channels "
+            f"{type(network).__name__} cannot be pruned: torch_pruning cannot follow the way of its channels "
             f"({type(error).__name__}: {error})"
         ) from error
     names = {module: name for name, module in network.named_modules()}

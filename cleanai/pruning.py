@@ -55,6 +55,8 @@ def prune_to_budget(
     unrepaired = copy.deepcopy(network)
     widths_before = layer_widths(network)
     sound = sound_groups(network, next(calibration.batches(2))[0])
+    if not sound:
+        raise UserError(f"{type(network).__name__} has no channels that can be removed")
     shares = (parameters_ratio, macs_ratio)
     achieved = []
     for step in range(1, steps + 1):

@@ -8,11 +8,11 @@ RIDGE = 1e-4  # of the mean diagonal: on CIFAR-10 anything from 1e-6 to 1e-2 gav
 
 
 def kernels(layer: nn.Module, spread: int) -> torch.Tensor:
-    """A layer's weights as (groups, outputs per group, inputs per group, kernel positions) float64, a view's copy.
+    """A copy of a layer's weights: (groups, outputs per group, inputs per group, kernel positions) float64.
 
     A linear layer whose inputs are flattened channels has `spread` kernel positions, otherwise one.
     """
-    weight = layer.weight.detach().double()
+    weight = layer.weight.detach().to(torch.float64, copy=True)
     if isinstance(layer, nn.Linear):
         return weight.reshape(1, len(weight), -1, spread)
     if isinstance(layer, nn.ConvTranspose2d):  # (inputs, outputs per group, kernel)
@@ -61,10 +61,9 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
     staying = torch.ones(gram.shape[-1], dtype=torch.bool)
     staying[gone] = False
     order = torch.cat([staying.nonzero().flatten(), gone]).to(gram.device)
-    factor = _factor(gram[:, order][:, :, order])
-    mixing = mixing[:, order][:, :, order]
-    power = (mixing * gram[:, order][:, :, order]).sum()
-    lost = (factor * (mixing @ factor)).sum((0, 1))[len(order) - len(gone) :]  # (R * n,)
+    power = (mixing * gram).sum()
+    left = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(gone) :]  # (g, C, R * n)
+    lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1))
     per_row = lost.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
     return (per_row / power if power > 0 else torch.zeros_like(per_row)).cpu()
 

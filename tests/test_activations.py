@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cleanai import UserError
 from cleanai.activations import record_statistics
 from cleanai.data import ImageSet
 
@@ -67,3 +68,9 @@ def test_no_hook_is_left_when_a_forward_pass_fails(small, pictures, compute):
     with pytest.raises(RuntimeError):
         record_statistics(small, pictures, compute, batch_size=10)
     assert not any(m._forward_pre_hooks for m in small.modules())
+
+
+def test_a_network_that_computes_no_finite_numbers_is_refused(small, pictures, compute):
+    small[0].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite numbers: its weights are damaged"):
+        record_statistics(small, pictures, compute, batch_size=10)

@@ -91,7 +91,7 @@ def test_the_outputs_of_a_network_are_no_group():
 
 
 def test_a_network_that_cannot_be_followed_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="ShuffleNetV2 cannot be pruned: torch_pruning cannot follow how it reorders"):
+    with pytest.raises(UserError, match="ShuffleNetV2 cannot be pruned: torch_pruning cannot follow the way of its"):
         find_groups(torchvision.models.shufflenet_v2_x0_5(), torch.zeros(1, 3, 32, 32))
     with pytest.raises(UserError, match=r"aux1\.conv\.conv, .* take no part .* \(GoogLeNet: aux_logits=False\)"):
         find_groups(torchvision.models.googlenet(init_weights=False), torch.zeros(1, 3, 32, 32))

@@ -41,14 +41,14 @@ def _kept_inputs(cut, original):
     Nothing of how channels were chosen and mapped is used: random weights tell where they come from, the few that
     occur twice being outvoted.
     """
-    values, order = (
-        original.weight.flatten(2)[..., 0].flatten().sort()
-        if original.weight.ndim > 2
-        else (original.weight.flatten().sort())
-    )
-    rows = cut.weight[:9] if cut.weight.ndim == 2 else cut.weight[:9].flatten(2)[..., 0]
-    places = order[torch.searchsorted(values, rows.contiguous())] % original.weight.shape[1]
-    return places.mode(0).values
+    before, after = (layer.weight.reshape(*layer.weight.shape[:2], -1)[..., 0] for layer in (original, cut))
+    places = []
+    for row in after[:5]:
+        signs = row[[0, len(row) // 2, -1]]
+        (origin,) = torch.stack([(before == sign).any(1) for sign in signs]).all(0).nonzero().flatten()[:1]
+        values, order = before[origin].sort()
+        places.append(order[torch.searchsorted(values, row.contiguous())])
+    return torch.stack(places).mode(0).values
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -13,7 +13,7 @@ from cleanai.pruning import prune_to_budget, recalibrate
 
 def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="same", steps=2, **options):
     calibration = digits.test.select(torch.arange(64))
-    repair_on = digits.repair_sample(128, seed=0)
+    repair_on = digits.repair_sample(256, seed=0)
     importance = importance or NeuronCoverageImportance()
     macs_ratio = ratio if macs_ratio == "same" else macs_ratio
     return prune_to_budget(
@@ -135,6 +135,8 @@ def test_widths_are_multiples_of_what_is_asked(network, digits, compute, round_t
 
 def test_what_stays_takes_over_what_goes(network, digits, compute):
     """The outputs after reconstruction are nearer to what they were, on images that it did not see."""
+    # One epoch leaves batch norm behind the weights: bring it up to date, so that pruning alone makes a difference.
+    recalibrate(network, digits.repair_sample(512, seed=0), compute, batch_size=64, title="")
     original, networks = copy.deepcopy(network), {}
     for repair in ("none", "bn", "full"):
         networks[repair] = copy.deepcopy(original)
@@ -174,6 +176,26 @@ def test_no_group_falls_below_a_tenth_of_its_channels(network, digits, compute):
         if layer["name"] != "fc":
             assert layer["channels_after"] >= max(8, layer["channels_before"] // 10)
     assert pruning["steps"][-1]["parameters_removed_percent"] == pytest.approx(90, abs=0.1)
+
+
+def test_a_network_without_channels_to_remove_is_refused(digits, compute):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 16), torch.nn.Flatten())
+    with pytest.raises(UserError, match="Sequential has no channels that can be removed"):
+        _prune(network, digits, compute)
+    narrow = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16), torch.nn.Conv2d(8, 10, 1), torch.nn.Flatten())
+    with pytest.raises(UserError, match=r"cannot be met in this network: the nearest is 0\.00% of the parameters"):
+        _prune(narrow, digits, compute)
+
+
+def test_recalibration_leaves_dropout_asleep(digits, compute):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    images = digits.train.sample(64, seed=0)
+    recalibrate(network, images, compute, batch_size=64, title="")
+    with torch.inference_mode():
+        received = network[1](next(images.batches(64))[0])
+    torch.testing.assert_close(network[2].running_var, received.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    assert network[2].momentum == 0.1
 
 
 def test_recalibration_makes_batch_norms_fit_their_inputs(network, digits, compute):
