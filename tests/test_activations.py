@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from cleanai import UserError
-from cleanai.activations import record_statistics
+from cleanai.activations import record_grams, record_statistics
+from cleanai.compute import choose_compute
 from cleanai.data import ImageSet
 
 
@@ -74,3 +75,14 @@ def test_a_network_that_computes_no_finite_numbers_is_refused(small, pictures, c
     small[0].weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite numbers: its weights are damaged"):
         record_statistics(small, pictures, compute, batch_size=10)
+
+
+def test_products_between_channels_are_not_taken_in_the_low_precision_of_the_network(small, pictures):
+    layer, seen = small[3], []
+    gram = record_grams(small, {layer: 1}, pictures, choose_compute("cpu", "bfloat16"), batch_size=37)[layer]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        small.eval()(next(pictures.batches(37))[0])
+    hook.remove()
+    rows = seen[0].movedim(1, -1).flatten(0, 2).unflatten(1, (4, 2))
+    torch.testing.assert_close(gram, torch.einsum("mgi,mgj->gij", rows, rows) / len(rows), rtol=1e-5, atol=1e-7)

@@ -85,3 +85,29 @@ def test_a_budget_is_a_window_around_what_is_asked():
     assert budget.missed(torch.tensor([811.0, 1420.0]), before).item() == pytest.approx(0.01 + 0.01)
     free = Budget.removing(before, None, 0.3)
     assert (free.low[0], free.high[0]) == (-math.inf, math.inf)
+
+
+def test_among_many_groups_the_choice_is_near_the_best_there_can_be():
+    """Sixty groups, costs in proportion to their channels, losses to their squares: the optimum is known."""
+    shares = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)).double()
+    shares /= shares.sum(0)
+
+    class Proportional:
+        now = torch.ones(2, dtype=torch.float64)
+
+        def __call__(self, removed):
+            return self.now - removed / 100 @ shares  # each group has a hundred channels
+
+    cuts = [list(range(0, 91))] * 60
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    losses = [weight * (torch.arange(91).double() / 100) ** 2 for weight in weights]
+    costs = Proportional()
+    budget = Budget.removing(costs.now, 0.3, 0.4)
+    removed = choose_cuts(costs, cuts, losses, budget)
+    assert budget.missed(costs(removed), costs.now) == 0
+    # Least squares under two equations, without blocks and bounds: no choice can lose less.
+    spread = shares / weights[:, None]
+    target = torch.tensor([0.3 - 0.001, 0.4], dtype=torch.float64)
+    best = target @ torch.linalg.solve(shares.T @ spread, target)
+    lost = (weights * (removed / 100) ** 2).sum()
+    assert best * 0.999 <= lost <= best * 1.011  # the search alone, from nothing, ends above

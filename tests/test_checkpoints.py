@@ -93,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network, digits, compute):
     images = digits.test.select(torch.arange(32))
-    prune_to_budget(network, WandaImportance(), images, images, compute, ratio=0.2, steps=1, batch_size=32)
+    prune_to_budget(network, WandaImportance(), images, images, compute, 0.2, 0.2, steps=1, batch_size=32)
     path, outputs = tmp_path / "n.pth", tmp_path / "o.pth"
     save_network(path, network, FACTS)
     program = (
