@@ -71,7 +71,7 @@ def main() -> None:
     before = evaluate(original, test, compute).accuracy_percent
     print(f"Before pruning: {before:.2f}% of {len(test):,} held-out test images")
 
-    path = FOLDER / f"{scenario.name}_{args.dataset}.csv"
+    path = FOLDER / f"{scenario.name}.csv"
     facts = {
         "original_percent": f"{before:.2f}",
         "test_images": str(len(test)),

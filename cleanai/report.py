@@ -69,7 +69,7 @@ def pdf_report(record: Record) -> bytes:
         ),
         *_section("Channels per layer, before and after pruning", channels_chart(record)),
         *_section("What each pruning step removed", _steps(record)),
-        *_section("Configuration", _pairs(_configuration(record))),
+        *_section("Configuration", _pairs(_configuration(record), abreast=2)),
         *_section("Dataset and machine", _pairs(_provenance(record))),
     ]
     document.build(story, onFirstPage=_footer(record), onLaterPages=_footer(record))
@@ -99,11 +99,11 @@ def _comparison(record: Record) -> Table:
 
 
 def _steps(record: Record) -> Table:
-    rows = [["Step", "Parameters asked (%)", "removed (%)", "FLOPs asked (%)", "removed (%)"]]
+    rows = [["Step", "Parameters: asked (%)", "removed (%)", "FLOPs: asked (%)", "removed (%)"]]
     keys = ("parameters_asked_percent", "parameters_removed_percent", "macs_asked_percent", "macs_removed_percent")
     for number, step in enumerate(record["pruning"]["steps"], 1):
         rows.append([str(number), *("-" if step[key] is None else f"{step[key]:.2f}" for key in keys)])
-    return _table(rows, [WIDTH * 0.1, *[WIDTH * 0.225] * 4])
+    return _table(rows, [WIDTH * share for share in (0.1, 0.27, 0.18, 0.27, 0.18)])
 
 
 def _table(rows: list[list[str]], widths: list[float]) -> Table:
@@ -120,10 +120,17 @@ def _table(rows: list[list[str]], widths: list[float]) -> Table:
     return Table(cells, colWidths=widths, style=TableStyle(style), repeatRows=1)
 
 
-def _pairs(rows: list[tuple[str, str]], numbers: bool = False) -> Table:
+def _pairs(rows: list[tuple[str, str]], numbers: bool = False, abreast: int = 1) -> Table:
+    """A table of labels and values, `abreast` of them in a row, to be read downwards."""
+    height = -(-len(rows) // abreast)
+    rows = [*rows, *[("", "")] * (height * abreast - len(rows))]
     cells = [
-        [Paragraph(_escaped(label), _CELL), Paragraph(_escaped(value), _NUMBER if numbers else _CELL)]
-        for label, value in rows
+        [
+            Paragraph(_escaped(text), style)
+            for label, value in rows[line::height]
+            for text, style in ((label, _CELL), (value, _NUMBER if numbers else _CELL))
+        ]
+        for line in range(height)
     ]
     style = [
         ("VALIGN", (0, 0), (-1, -1), "TOP"),
@@ -131,13 +138,18 @@ def _pairs(rows: list[tuple[str, str]], numbers: bool = False) -> Table:
         ("TOPPADDING", (0, 0), (-1, -1), 1.5),
         ("BOTTOMPADDING", (0, 0), (-1, -1), 2.5),
     ]
-    widths = [WIDTH * 0.4, WIDTH * 0.2 if numbers else WIDTH * 0.6]
+    widths = [WIDTH * 0.4 / abreast, WIDTH * (0.2 if numbers else 0.6) / abreast] * abreast
     return Table(cells, colWidths=widths, style=TableStyle(style), hAlign="LEFT")
 
 
 def _configuration(record: Record) -> list[tuple[str, str]]:
     config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
-    names = {"lr": "Learning rate (peak)", "fine_tuned_model": "Fine-tuned model (SHA-256)"}
+    names = {
+        "ratio": "Ratio of parameters",
+        "macs_ratio": "Ratio of FLOPs",
+        "lr": "Learning rate (peak)",
+        "fine_tuned_model": "Fine-tuned model (SHA-256)",
+    }
     return [(names.get(key, key.replace("_", " ").capitalize()), str(value)) for key, value in config.items()]
 
 

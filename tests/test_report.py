@@ -16,7 +16,9 @@ def record():
         **COMPARISON,
         "config": {
             "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2, "steps": 5, "epochs": 3, "train_samples": None,
-            "lr": 0.001, "seed": 0,
+            "lr": 0.001, "seed": 0, "coverage_metric": "normalized_mean", "round_to": 8, "calibration_batches": 50,
+            "repair": "full", "repair_batches": 50, "batch_size": 128, "precision": "auto",
+            "fine_tuned_model": "0" * 16,
         },
         "prepared_with": {"weights": "imagenet", "epochs": 20, "train_samples": None, "seed": 0},
         "environment": {

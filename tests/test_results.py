@@ -1,4 +1,5 @@
 """The tables in the READMEs are those of the committed records."""
+import importlib.util
 import json
 
 import pytest
@@ -19,3 +20,19 @@ def test_a_readme_shows_what_was_measured(path, readme):
     record = json.loads(path.read_text(encoding="utf-8"))
     table = comparison_table(record) if record["method"] else preparation_table(record)
     assert table in (PROJECT / readme).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
+def test_a_readme_shows_how_the_criteria_compare(readme):
+    spec = importlib.util.spec_from_file_location("criteria", PROJECT / "benchmarks" / "criteria.py")
+    criteria = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(criteria)
+    (path,) = criteria.FOLDER.glob("*.csv")
+    rows = criteria.read_rows(path)
+    text = (PROJECT / readme).read_text(encoding="utf-8")
+    assert criteria.table(rows) in text
+    assert path.with_suffix(".svg").relative_to(PROJECT).as_posix() in text
+    for row in rows:  # the budgets were met at every step
+        asked = float(row["parameters_asked_percent"])
+        assert abs(float(row["parameters_removed_percent"]) - asked) <= 0.1 + 1e-9
+        assert 0 <= float(row["macs_removed_percent"]) - asked <= 0.5
