@@ -143,7 +143,8 @@ def table(rows: list[dict[str, str]]) -> str:
         lines += [f"{title + ', %':<24}" + "".join(f"{-percent:>13.0f}%" for percent in asked)]
         for name in CRITERIA:
             values = means(rows, name, stage)
-            cells = [f"{statistics.mean(values[p]):.1f} ({statistics.pstdev(values[p]):.1f})" for p in asked]
+            spreads = [f" ({statistics.stdev(values[p]):.1f})" if len(values[p]) > 1 else " " * 6 for p in asked]
+            cells = [f"{statistics.mean(values[p]):.1f}{spread}" for p, spread in zip(asked, spreads)]
             lines += [f"  {name:<22}" + "".join(f"{cell:>14}" for cell in cells)]
     return "\n".join(lines)
 
