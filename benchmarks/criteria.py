@@ -140,13 +140,13 @@ def table(rows: list[dict[str, str]]) -> str:
     asked = sorted({float(row["parameters_asked_percent"]) for row in rows})
     lines = []
     for stage, title in STAGES.items():
-        lines += [f"{title + ', %':<24}" + "".join(f"{-percent:>13.0f}%" for percent in asked)]
+        lines.append(f"{title + ', %':<28}" + "".join(f"{f'{-percent:.0f}%':<14}" for percent in asked))
         for name in CRITERIA:
             values = means(rows, name, stage)
-            spreads = [f" ({statistics.stdev(values[p]):.1f})" if len(values[p]) > 1 else " " * 6 for p in asked]
+            spreads = [f" ({statistics.stdev(values[p]):.1f})" if len(values[p]) > 1 else "" for p in asked]
             cells = [f"{statistics.mean(values[p]):.1f}{spread}" for p, spread in zip(asked, spreads)]
-            lines += [f"  {name:<22}" + "".join(f"{cell:>14}" for cell in cells)]
-    return "\n".join(lines)
+            lines.append(f"  {name:<26}" + "".join(f"{cell:<14}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def chart(rows: list[dict[str, str]]) -> Drawing:
