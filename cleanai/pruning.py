@@ -49,7 +49,7 @@ def prune_to_budget(
     Returns what went (`steps`: shares asked for and removed after each, in percent; `layers`: widths before and after),
     and a copy of the network without the same channels that was not repaired. `after_step` is called with the number
     of each step, the network, and that copy. Raises UserError, before anything is touched, when the shares cannot be
-    met or the network cannot be pruned.
+    met or the network cannot be pruned; and before the last cut, when the steps before it left no widths to meet them.
     """
     example = next(calibration.batches(1))[0]
     unrepaired = copy.deepcopy(network)
