@@ -6,12 +6,13 @@ that `--help` and a wrong option answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 from cleanai.scenario import CHECKPOINTS_DIR, PROJECT
 
 
@@ -87,12 +88,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "seed": {"type": _whole(0), "help": "the random numbers start from it"},
     "precision": {
-        "choices": ("auto", "float32", "bfloat16"),
-        "help": "arithmetic of training and evaluation; auto takes bfloat16 where the hardware has it",
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "help": "arithmetic of training and evaluation; auto takes bfloat16, on older GPUs float16, where the "
+        "hardware has it",
     },
 }
 _COMMON: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto takes CUDA if it is there"},
+    "cuda_graph": {
+        "action": "store_true",
+        "help": "record the training step once and replay it: a fast GPU no longer waits for Python",
+    },
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
@@ -118,7 +124,7 @@ def parse(description: str, **defaults: Any) -> Options:
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
         shown = nothing if option.get("default") is None else "%(default)s"
-        text = option["help"] if name == "fresh" else f"{option['help']} (default: {shown})"
+        text = option["help"] if "action" in option else f"{option['help']} (default: {shown})"
         parser.add_argument("--" + name.replace("_", "-"), **{**option, "help": text})
     args = parser.parse_args(namespace=Options())
     if "ratio" in defaults:
@@ -133,10 +139,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that cannot print a character prints ? instead of failing
+    if distributed.rank() > 0:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
     except UserError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {error}" if distributed.rank() == 0 else 1)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command, without --fresh, goes on where it stopped.", file=sys.stderr)
         sys.exit(130)

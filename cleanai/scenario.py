@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 
 PROJECT = Path(__file__).resolve().parents[1]
 CHECKPOINTS_DIR = PROJECT / "checkpoints"
@@ -89,9 +89,10 @@ class Scenario:
         """Delete what an earlier run of this script left, for starting over."""
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
         epochs = self.folder.glob(self.epoch(0).name.replace("epoch0", "epoch*"))
-        for path in [*own, self.final, self.resume, *epochs]:
-            if path.exists():
-                path.unlink()
+        with distributed.first_before_others():
+            for path in [*own, self.final, self.resume, *epochs]:
+                if path.exists():
+                    path.unlink()
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"

@@ -99,7 +99,8 @@ def _pictures(count: int, size: int = 16) -> ImageSet:
 def test_augmented_images_are_shifted_and_flipped_copies(mirror):
     pictures = _pictures(200)
     indices = torch.randperm(200)
-    inputs, labels = pictures.augmented_batch(indices, mirror, torch.Generator().manual_seed(0))
+    moves = pictures.draw_moves(200, mirror, torch.Generator().manual_seed(0))
+    inputs, labels = pictures.augmented_batch(indices, moves)
     assert torch.equal(labels, indices)
     padded = torch.nn.functional.pad(pictures.pixels[indices], (2, 2, 2, 2))
     seen = set()

@@ -8,7 +8,8 @@ from cleanai import UserError
 from cleanai.activations import record_statistics
 from cleanai.importance import NeuronCoverageImportance, WandaImportance
 from cleanai.models import load_network, save_network
-from cleanai.pruning import prune_to_budget, recalibrate
+from cleanai.pruning import prune_to_budget
+from cleanai.repair import recalibrate
 
 
 def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="same", steps=2, **options):
@@ -76,7 +77,7 @@ def test_scores_are_those_of_the_network_at_each_step(network, digits, compute):
     _prune(network, digits, compute, Watching(), ratio=0.3, steps=2)
     assert len(seen) == 2
     for snapshot, statistics in seen:
-        fresh = record_statistics(snapshot, digits.test.select(torch.arange(64)), compute, batch_size=64)
+        fresh = record_statistics(snapshot, digits.test.select(torch.arange(64)), compute)
         for expected, recorded in zip(fresh.values(), statistics.values()):
             torch.testing.assert_close(recorded, expected.mean_absolute)
     assert seen[0][0].layer4[1].conv1.out_channels > seen[1][0].layer4[1].conv1.out_channels
