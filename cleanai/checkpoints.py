@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary of tensors, numbers, strings, and lists and dictionaries of these."""
     import torch
 
-    with _replacing(path) as file:
+    with replacing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
@@ -86,7 +86,7 @@ def file_digest(path: Path) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(content)
 
 
@@ -111,7 +111,7 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
