@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     if distributed.rank() > 0:
         return
-    with _replacing(path) as file:
+    with replacing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
@@ -91,7 +91,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
     if distributed.rank() > 0:
         return
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(content)
 
 
@@ -123,7 +123,7 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

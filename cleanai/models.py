@@ -12,6 +12,7 @@ from torchvision.models import ResNet, ResNet18_Weights, resnet18
 
 from cleanai import UserError
 from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
+from cleanai.distributed import first_before_others
 
 WEIGHTS_URL = ResNet18_Weights.IMAGENET1K_V1.url  # its file name ends in the first digits of its SHA-256
 
@@ -40,6 +41,7 @@ def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResN
     return network
 
 
+@first_before_others()
 def download_imagenet_weights(models_dir: Path, url: str | None = None) -> Path:
     """The file of ResNet-18's ImageNet weights in `models_dir`, downloaded when missing, its checksum verified.
 

@@ -5,6 +5,7 @@ that a script that has nothing to do answers at once.
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,25 @@ from cleanai import UserError, distributed
 PROJECT = Path(__file__).resolve().parents[1]
 CHECKPOINTS_DIR = PROJECT / "checkpoints"
 
+DOWNLOADABLE = "CIFAR10"
+EMBEDDED = "Digits"
+
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
+
+
+def has_image_folder(dataset: str, data_dir: Path) -> bool:
+    """Whether there is a folder of images of that name, with a part for training or for testing."""
+    folder = data_dir / dataset
+    return bool(re.fullmatch(r"[\w-]+", dataset)) and any((folder / part).is_dir() for part in ("train", "test"))
+
+
+def require_known_dataset(dataset: str, data_dir: Path) -> None:
+    """Raise UserError when images of that name can come from nowhere."""
+    if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):
+        raise UserError(
+            f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
+            f"or put your images into {data_dir / dataset / '{train,test}' / '<class>' / '*.png'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,10 +65,11 @@ class Scenario:
         """The network that the preparing script ends with and the pruning scripts begin with."""
         return self._prepared("FT_final")
 
-    def require_fine_tuned(self, script: str) -> None:
-        """Raise UserError when the preparing script has not left its network yet."""
+    def require_fine_tuned(self, script: str, data_dir: Path) -> None:
+        """Raise UserError when the preparing script has not left its network yet, or could not for want of images."""
         if not self.fine_tuned.exists():
-            dataset = "" if self.dataset == "CIFAR10" else f" --dataset {self.dataset}"
+            require_known_dataset(self.dataset, data_dir)
+            dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
             folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
             raise UserError(
                 f"Fine-tuned model not found: {self.fine_tuned}. "

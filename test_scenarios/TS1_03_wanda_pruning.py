@@ -49,7 +49,7 @@ def main():
         precision="auto",
     )
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
     args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
     finished = scenario.pruned.exists() and scenario.final.exists() and not args.fresh
     record = find_record(scenario.record, args.config) if finished else None

@@ -86,8 +86,9 @@ def test_pruning_before_preparing_names_the_command_to_run(script, tmp_path):
     fails(result, f"{command} --dataset Digits")
 
 
-def test_an_unknown_dataset_is_named(tmp_path):
-    result = run(SCRIPTS[0], "--dataset", "CIFAR99", "--data-dir", tmp_path, "--checkpoints-dir", tmp_path / "out")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_dataset_is_named(script, tmp_path):
+    result = run(script, "--dataset", "CIFAR99", "--data-dir", tmp_path, "--checkpoints-dir", tmp_path / "out")
     fails(result, "Unknown dataset: CIFAR99", "--dataset CIFAR10 or Digits")
     assert not (tmp_path / "out").exists()
 
