@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import statistics
 import time
-from typing import Any
+from typing import Any, Callable
 
 import thop
 import torch
@@ -53,25 +54,32 @@ def time_networks(networks: dict[str, nn.Module], images: ImageSet, compute: Com
     single = next(images.batches(1))[0]
     batch = next(images.select(torch.arange(THROUGHPUT_BATCH) % len(images)).batches(THROUGHPUT_BATCH))[0]
     networks = {name: network.eval() for name, network in networks.items()}
-    calls_ms: dict[str, list[float]] = {name: [] for name in networks}
     batches_s: dict[str, list[float]] = {name: [] for name in networks}
+    latency_ms = time_calls({name: functools.partial(network, single) for name, network in networks.items()}, compute)
     with torch.inference_mode():
-        for network in networks.values():
-            for _ in range(LATENCY_WARM_UP):
-                network(single)
-        for _ in progress(range(LATENCY_TURNS), "Timing single images", "turn"):
-            for name, network in networks.items():
-                calls_ms[name] += [1000 * _seconds(network, single, compute) for _ in range(LATENCY_CALLS)]
         for _ in progress(range(THROUGHPUT_TURNS), "Timing batches", "turn"):
             for name, network in networks.items():
-                batches_s[name].append(_seconds(network, batch, compute))
+                batches_s[name].append(_seconds(functools.partial(network, batch), compute))
     return {
         name: {
-            "latency_ms": _distribution(calls_ms[name]),
+            "latency_ms": latency_ms[name],
             "throughput_images_per_s": THROUGHPUT_BATCH / statistics.mean(batches_s[name][1:]),
         }
         for name in networks
     }
+
+
+def time_calls(calls: dict[str, Callable[[], Any]], compute: Compute) -> dict[str, dict[str, float]]:
+    """Latency in ms of each of `calls` in inference mode, in turns: mean, percentiles p50, p90, p99, and n calls."""
+    calls_ms: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(LATENCY_WARM_UP):
+                call()
+        for _ in progress(range(LATENCY_TURNS), "Timing single images", "turn"):
+            for name, call in calls.items():
+                calls_ms[name] += [1000 * _seconds(call, compute) for _ in range(LATENCY_CALLS)]
+    return {name: _distribution(values) for name, values in calls_ms.items()}
 
 
 def compare(
@@ -117,10 +125,10 @@ def compare(
     }
 
 
-def _seconds(network: nn.Module, inputs: torch.Tensor, compute: Compute) -> float:
+def _seconds(call: Callable[[], Any], compute: Compute) -> float:
     compute.synchronize()
     started = time.perf_counter()
-    network(inputs)
+    call()
     compute.synchronize()
     return time.perf_counter() - started
 
