@@ -105,7 +105,7 @@ _COMMON: dict[str, dict[str, Any]] = {
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
 _ONLY_WITH = {"models_dir": "weights", "export": "ratio"}  # options of the scripts that have another one
-EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
+_EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
 class Options(argparse.Namespace):
@@ -140,7 +140,7 @@ def parse(description: str, **defaults: Any) -> Options:
 
 
 def _require_export_packages() -> None:
-    missing = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
