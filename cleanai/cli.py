@@ -6,6 +6,7 @@ that `--help` and a wrong option answer at once.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import sys
@@ -102,8 +103,15 @@ _COMMON: dict[str, dict[str, Any]] = {
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
+    "export": {
+        "choices": ("none", "onnx"),
+        "default": "none",
+        "help": "onnx writes the final model as ONNX too and times it in ONNX Runtime; works on a finished run as well",
+    },
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
+_ONLY_WITH = {"models_dir": "weights", "export": "ratio"}  # options of the scripts that have another one
+_EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
 class Options(argparse.Namespace):
@@ -115,11 +123,11 @@ class Options(argparse.Namespace):
 def parse(description: str, **defaults: Any) -> Options:
     """Parse the command line: the settings named in `defaults`, with these as their defaults, and the common options.
 
-    Ends the program with one line when an option is wrong.
+    Ends the program with one line when an option is wrong; UserError when packages for an export are missing.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
-    common = {name: option for name, option in _COMMON.items() if name != "models_dir" or "weights" in defaults}
+    common = {name: option for name, option in _COMMON.items() if _ONLY_WITH.get(name) in {None, *defaults}}
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
@@ -131,8 +139,19 @@ def parse(description: str, **defaults: Any) -> Options:
         args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
+        if args.export == "onnx":
+            _require_export_packages()
     args.config = {name: getattr(args, name) for name in defaults}
     return args
+
+
+def _require_export_packages() -> None:
+    missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def run(main: Callable[[], None]) -> NoReturn:

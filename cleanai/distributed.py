@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_left = False  # the others have ended, and this process goes on alone
+
+
 def rank() -> int:
     """The number of this process, 0 for the first or only one."""
     return int(os.environ.get("RANK", "0"))
@@ -35,7 +38,7 @@ def join(device: torch.device) -> None:
     """Meet the other processes, if there are any and that was not done yet."""
     import torch.distributed as dist
 
-    if processes() > 1 and not dist.is_initialized():
+    if processes() > 1 and not _left and not dist.is_initialized():
         # The others wait while the first one downloads, which may take hours.
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
@@ -46,6 +49,8 @@ def end_all_but_first() -> None:
     if processes() > 1:
         import torch.distributed as dist
 
+        global _left
+        _left = True
         dist.barrier()
         dist.destroy_process_group()
         if rank() > 0:

@@ -91,6 +91,11 @@ class Scenario:
         return self._trained("final")
 
     @property
+    def exported(self) -> Path:
+        """The network this script ends with, as ONNX."""
+        return self.final.with_suffix(".onnx")
+
+    @property
     def resume(self) -> Path:
         """What an interrupted fine-tuning goes on from; removed when the fine-tuning is done."""
         return self._trained("resume")
@@ -110,7 +115,7 @@ class Scenario:
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
         epochs = self.folder.glob(self.epoch(0).name.replace("epoch0", "epoch*"))
         with distributed.first_before_others():
-            for path in [*own, self.final, self.resume, *epochs]:
+            for path in [*own, self.final, self.exported, self.resume, *epochs]:
                 if path.exists():
                     path.unlink()
 

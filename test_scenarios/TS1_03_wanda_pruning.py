@@ -11,7 +11,7 @@ from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
 from cleanai.report import write_report
 from cleanai.scenario import Scenario
-from cleanai.tables import comparison_table, origin_lines, repair_stages
+from cleanai.tables import comparison_table, exported_as, origin_lines, repair_stages
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -61,7 +61,15 @@ def main():
         record = prune(args, scenario)
         write_report(scenario.report, record)
         write_record(scenario.record, record)  # last: it marks the run as finished
+    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
+        from cleanai.export import export_scenario
+
+        record["export"] = export_scenario(scenario, args.data_dir)
+        write_report(scenario.report, record)
+        write_record(scenario.record, record)
     print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
+    if "export" in record:
+        print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
 
 
 def prune(args, scenario):
