@@ -6,6 +6,7 @@ import torch
 
 from cleanai import UserError
 from cleanai.checkpoints import load_checkpoint
+from cleanai.compute import choose_compute
 from cleanai.evaluation import evaluate
 from cleanai.models import load_network, resnet18_for_small_images
 from cleanai.scenario import Scenario
@@ -122,3 +123,24 @@ def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_pa
     with pytest.raises(UserError, match=expected):
         fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **SETTINGS)
     assert not _scenario(tmp_path).final.exists()
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch before 2.3 scales gradients on CUDA alone")
+def test_float16_learns_with_scaled_gradients(start, few, tmp_path, compute):
+    compute = replace(compute, precision="float16")
+    assert compute.gradient_scaler().is_enabled()
+    few = few.with_train_samples(16, seed=0)  # a CPU is slow at it
+    history, _ = fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **{**SETTINGS, "epochs": 3})
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_learns_what_an_eager_one_does(start, few, tmp_path):
+    losses = []
+    for graphed in (False, True):
+        compute = choose_compute("cuda", "float32", cuda_graph=graphed)
+        network = compute.place(copy.deepcopy(start))
+        scenario = _scenario(tmp_path / str(graphed))
+        history, _ = fine_tune(network, few.to(compute.device), compute, scenario, FACTS, **SETTINGS)
+        losses.append([epoch["train_loss"] for epoch in history])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
