@@ -62,7 +62,7 @@ def main() -> None:
         __doc__, dataset="CIFAR10", calibration_batches=8, repair_batches=8, test_samples=2000, precision="auto"
     )
     scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
     original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))

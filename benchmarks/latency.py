@@ -32,7 +32,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main() -> None:
     args = cli.parse(__doc__, dataset="CIFAR10", ratio=0.2, macs_ratio="same", calibration_batches=4)
     scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
     compute = choose_compute(args.device, "auto")
     print(compute.description)
     original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
