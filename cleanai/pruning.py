@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any, Callable
 
 import torch
@@ -44,10 +45,11 @@ def prune_to_budget(
     "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
     puts out keeps its width.
 
-    Returns what went (`steps`: shares asked for and removed after each, in percent; `layers`: widths before and after),
-    and a copy of the network without the same channels that was not repaired. `after_step` is called with the number
-    of each step, the network, and that copy. Raises UserError, before anything is touched, when the shares cannot be
-    met or the network cannot be pruned; and before the last cut, when the steps before it left no widths to meet them.
+    Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
+    before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
+    with the number of each step, the network, and that copy. Raises UserError, before anything is touched, when the
+    shares cannot be met or the network cannot be pruned; and before the last cut, when the steps before it left no
+    widths to meet them.
     """
     example = next(calibration.batches(1))[0]
     unrepaired = copy.deepcopy(network)
@@ -58,7 +60,7 @@ def prune_to_budget(
     shares = (parameters_ratio, macs_ratio)
     achieved = []
     for step in range(1, steps + 1):
-        title = f"Step {step}/{steps}, "
+        started, title = time.perf_counter(), f"Step {step}/{steps}, "
         graph, groups = _groups(network, example, sound)
         costs = Costs(network, groups, example)
         if step == 1:
@@ -99,7 +101,10 @@ def prune_to_budget(
         if repair != "none":
             recalibrate(network, repair_on, compute, batch_size, title + "recalibrating batch norm")
         distributed.agree_on(network)
-        achieved.append(_report(step, steps, asked, (1 - costs(removed) / before).tolist()))
+        compute.synchronize()
+        seconds = time.perf_counter() - started
+        went = (1 - costs(removed) / before).tolist()
+        achieved.append({**_report(step, steps, asked, went, seconds), "seconds": seconds})
         if after_step is not None:
             after_step(step, network, unrepaired)
     widths = layer_widths(network)
@@ -165,12 +170,14 @@ def _require(shares: tuple[float | None, float | None], before: torch.Tensor, ne
         )
 
 
-def _report(step: int, steps: int, asked: list[float | None], removed: list[float]) -> dict[str, float | None]:
+def _report(
+    step: int, steps: int, asked: list[float | None], removed: list[float], seconds: float
+) -> dict[str, float | None]:
     shown = [
         f"{100 * went:.2f}% of the {name} removed ({'left free' if share is None else f'{100 * share:.2f}% asked'})"
         for name, share, went in zip(("parameters", "multiply-accumulates"), asked, removed)
     ]
-    print(f"Step {step}/{steps}: {', '.join(shown)}")
+    print(f"Step {step}/{steps}: {', '.join(shown)}, {seconds:.0f} s")
     return {
         f"{name}_{what}_percent": None if share is None else 100 * share
         for what, values in (("asked", asked), ("removed", removed))
