@@ -98,6 +98,8 @@ _COMMON: dict[str, dict[str, Any]] = {
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
+# Options of the scripts that have another one.
+_ONLY_WITH = {"models_dir": "weights", "device": "epochs", "data_dir": "epochs", "fresh": "epochs"}
 
 
 class Options(argparse.Namespace):
@@ -113,7 +115,7 @@ def parse(description: str, **defaults: Any) -> Options:
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
-    common = {name: option for name, option in _COMMON.items() if name != "models_dir" or "weights" in defaults}
+    common = {name: option for name, option in _COMMON.items() if _ONLY_WITH.get(name) in {None, *defaults}}
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
