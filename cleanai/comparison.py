@@ -116,11 +116,14 @@ def _missing(
 
 
 def _other_settings(runs: _Runs) -> list[str]:
-    configs = {METHODS[method]: run["config"] for method, run in runs.items()}
-    *_, first, last = [*configs.values()] * 2
-    different = [key for key in first if key in last and first[key] != last[key]]
-    values = (", ".join(f"{config[key]} for {name}" for name, config in configs.items()) for key in different)
-    return [f"The settings differ: --{key.replace('_', '-')} {value}" for key, value in zip(different, values)]
+    if len(runs) < 2:
+        return []
+    (first, one), (second, two) = ((METHODS[method], run["config"]) for method, run in runs.items())
+    return [
+        f"The settings differ: --{key.replace('_', '-')} {one[key]} for {first}, {two[key]} for {second}"
+        for key in one
+        if key in two and one[key] != two[key]
+    ]
 
 
 def _answer(record: Record) -> list[str]:

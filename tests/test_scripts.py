@@ -1,4 +1,4 @@
-"""The three scripts as a user runs them, on a few images: what they print, and what they leave."""
+"""The scripts as a user runs them, on a few images: what they print, and what they leave."""
 import json
 import shutil
 import time
