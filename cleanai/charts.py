@@ -72,8 +72,8 @@ def widths_chart(layers: list[str], widths: dict[str, list[int]]) -> Drawing:
     drawing, chart = _canvas(VerticalBarChart(), height=78 * mm, title="Output channels", bottom=30 * mm)
     chart.data = [channels[:-1] for channels in widths.values()]
     chart.categoryAxis.categoryNames = layers[:-1]
-    chart.categoryAxis.labels.angle, chart.categoryAxis.labels.boxAnchor = 60, "ne"
-    chart.categoryAxis.labels.dx, chart.categoryAxis.labels.dy = 3, -2
+    labels, crowded = chart.categoryAxis.labels, len(layers) > 30
+    labels.angle, labels.boxAnchor, labels.dx, labels.dy = (90, "e", 0, -6) if crowded else (60, "ne", 3, -2)
     chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data)
     chart.valueAxis.visibleGrid, chart.valueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
     chart.groupSpacing, chart.barSpacing = 4, 0

@@ -63,7 +63,7 @@ def compare_methods(scenario: Scenario, scripts: dict[str, str]) -> Record:
         raise UserError(f"{names} is damaged: delete it, and run its script again to measure anew") from error
 
 
-def chance(difference: Record) -> str:
+def _chance(difference: Record) -> str:
     """Whether a difference is more than chance, in words; nothing when it is not known."""
     if "p_value" not in difference:
         return ""
@@ -135,20 +135,21 @@ def _answer(record: Record) -> list[str]:
             continue
         before, after = (run["models"][name]["accuracy_heldout_percent"] for name in ("original", "fine_tuned"))
         points = after - before
-        change = f"{'lost' if points < 0 else 'gained'} {abs(points):.2f} points" if points else "lost nothing"
+        change = f"{'lost' if points < 0 else 'gained'} {abs(points):.2f} points of held-out accuracy "
+        change += f"({before:.2f}% to {after:.2f}%){_chance(differences['original', method])}"
+        kept = f"kept its held-out accuracy of {after:.2f}%"
         sentences.append(
             f"{METHODS[method]} removed {run['summary']['parameter_reduction_percent']:.1f}% of the parameters and "
             f"{run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
-            f"{run['summary']['speedup']:.2f} times as fast, and {change} of held-out accuracy "
-            f"({before:.2f}% to {after:.2f}%){chance(differences['original', method])}."
+            f"{run['summary']['speedup']:.2f} times as fast, and {change if points else kept}."
         )
     between = differences.get(PAIRS[-1])
     if between:
         points = between["difference_points"]
         ahead, behind = (METHODS[method] for method in (PAIRS[-1] if points < 0 else PAIRS[-1][::-1]))
-        who = f"{ahead} is {abs(points):.2f} points ahead of {behind}" if points else "the two methods are level"
         unknown = "; the records do not tell whether any of this is more than chance"
-        sentences.append(f"After fine-tuning {who}{chance(between) or unknown}.")
+        who = f"{ahead} is {abs(points):.2f} points ahead of {behind}{_chance(between) or unknown}"
+        sentences.append(f"After fine-tuning {who if points else 'the two methods are level'}.")
     return sentences
 
 

@@ -118,8 +118,10 @@ def test_the_answer_says_who_is_ahead_and_whether_it_is_chance(told, tmp_path):
     )
     assert answer[0].startswith("Neuron Coverage removed 19.9% of the parameters and 20.0% of the FLOPs, made ")
     assert " inference 1.17 times as fast, and lost 0.31 points of held-out accuracy (80.08% to 79.78%), " in answer[0]
+    records["Coverage"]["models"]["fine_tuned"]["correct_bits"] = pack(better)
+    assert compared(tmp_path / "same", records)["answer"][2] == "After fine-tuning the two methods are level."
     records["Coverage"]["models"]["fine_tuned"]["correct_bits"] = pack(np.ones(10_000, dtype=bool))
-    assert "Neuron Coverage is " in compared(tmp_path / "worse", records)["answer"][2]
+    assert "tuning Neuron Coverage is " in compared(tmp_path / "worse", records)["answer"][2]
 
 
 def test_the_tables_hold_the_numbers_of_the_records(told, tmp_path):
