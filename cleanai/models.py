@@ -15,8 +15,6 @@ from torchvision.models import ResNet, resnet18
 from cleanai import UserError
 from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
 
-SMALL_RESNET18 = "ResNet18"
-
 
 def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
     """The network that a scenario calls `model`, with `classes` outputs.
@@ -26,9 +24,9 @@ def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
     ImageNet weights, with which all layers begin but the last; without it everything begins at random.
     Raises UserError when there is no such network, or the file is not such weights.
     """
-    if model == SMALL_RESNET18:
-        return resnet18_for_small_images(classes, weights)
     name = _torchvision_name(model)
+    if name == "resnet18":
+        return resnet18_for_small_images(classes, weights)
     without_extra_outputs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     network = torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
     if weights is not None:
@@ -48,7 +46,7 @@ def _torchvision_name(model: str) -> str:
         return names[_short(model)]
     except KeyError as error:
         raise UserError(
-            f"There is no network called {model}: MODEL in the script is {SMALL_RESNET18}, or one of torchvision's, "
+            f"There is no network called {model}: MODEL in the script is ResNet18, or another of torchvision's, "
             "such as MobileNetV2"
         ) from error
 
