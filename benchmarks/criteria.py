@@ -28,12 +28,13 @@ from cleanai import UserError, cli
 from cleanai.charts import DARK, GREY, LIGHT
 from cleanai.checkpoints import load_checkpoint, write_bytes
 from cleanai.compute import choose_compute
+from cleanai.evaluation import evaluate
 from cleanai.importance import NeuronCoverageImportance, WandaImportance
 from cleanai.models import network_from
-from cleanai.pruning import prune_to_budget, recalibrate
+from cleanai.pruning import prune_to_budget
+from cleanai.repair import recalibrate
 from cleanai.scenario import PROJECT, Scenario
 from cleanai.sources import load_images
-from cleanai.training import evaluate
 
 FOLDER = PROJECT / "results" / "criteria"
 RATIO, STEPS = 0.7, 7  # a tenth per step

@@ -1,6 +1,7 @@
 """Files on disk: checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
 
 Every write is atomic: a reader sees the old file or the new one, never a part. Nothing but plain data is unpickled.
+Of several processes on one training the first alone writes and deletes.
 PyTorch is imported where it is needed: printing the table of a finished run takes none of it.
 """
 from __future__ import annotations
@@ -14,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -24,7 +25,9 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary of tensors, numbers, strings, and lists and dictionaries of these."""
     import torch
 
-    with _replacing(path) as file:
+    if distributed.rank() > 0:
+        return
+    with replacing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
@@ -93,8 +96,17 @@ def file_digest(path: Path) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
-    with _replacing(path) as file:
+    if distributed.rank() > 0:
+        return
+    with replacing(path) as file:
         file.write(content)
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file if it is there."""
+    if distributed.rank() == 0:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
@@ -118,7 +130,7 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -129,5 +141,4 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        remove_file(temporary)

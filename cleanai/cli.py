@@ -6,12 +6,14 @@ that `--help` and a wrong option answer at once.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 from cleanai.scenario import CHECKPOINTS_DIR, PROJECT
 
 
@@ -87,19 +89,34 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "seed": {"type": _whole(0), "help": "the random numbers start from it"},
     "precision": {
-        "choices": ("auto", "float32", "bfloat16"),
-        "help": "arithmetic of training and evaluation; auto takes bfloat16 where the hardware has it",
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "help": "arithmetic of training and evaluation; auto takes bfloat16, on older GPUs float16, where the "
+        "hardware has it",
     },
 }
 _COMMON: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto takes CUDA if it is there"},
+    "cuda_graph": {
+        "action": "store_true",
+        "help": "record the training step once and replay it: a fast GPU no longer waits for Python",
+    },
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
+    "export": {
+        "choices": ("none", "onnx"),
+        "default": "none",
+        "help": "onnx writes the final model as ONNX too and times it in ONNX Runtime; works on a finished run as well",
+    },
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
 # Options of the scripts that have another one.
-_ONLY_WITH = {"models_dir": "weights", "device": "epochs", "data_dir": "epochs", "fresh": "epochs"}
+_ONLY_WITH = {
+    "models_dir": "weights",
+    "export": "ratio",
+    **dict.fromkeys(("device", "cuda_graph", "data_dir", "fresh"), "epochs"),
+}
+_EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
 class Options(argparse.Namespace):
@@ -111,7 +128,7 @@ class Options(argparse.Namespace):
 def parse(description: str, **defaults: Any) -> Options:
     """Parse the command line: the settings named in `defaults`, with these as their defaults, and the common options.
 
-    Ends the program with one line when an option is wrong.
+    Ends the program with one line when an option is wrong; UserError when packages for an export are missing.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
@@ -120,25 +137,38 @@ def parse(description: str, **defaults: Any) -> Options:
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
         shown = nothing if option.get("default") is None else "%(default)s"
-        text = option["help"] if name == "fresh" else f"{option['help']} (default: {shown})"
+        text = option["help"] if "action" in option else f"{option['help']} (default: {shown})"
         parser.add_argument("--" + name.replace("_", "-"), **{**option, "help": text})
     args = parser.parse_args(namespace=Options())
     if "ratio" in defaults:
         args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
+        if args.export == "onnx":
+            _require_export_packages()
     args.config = {name: getattr(args, name) for name in defaults}
     return args
+
+
+def _require_export_packages() -> None:
+    missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that cannot print a character prints ? instead of failing
+    if distributed.rank() > 0:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
     except UserError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {error}" if distributed.rank() == 0 else 1)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command, without --fresh, goes on where it stopped.", file=sys.stderr)
         sys.exit(130)

@@ -5,24 +5,42 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Iterable
 
 import torch
 from torch import nn
 
-from cleanai import UserError
+from cleanai import UserError, distributed
+from cleanai.data import ImageSet
+from cleanai.progress import progress
 
+_LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, the precision networks run in on it, and the reason for that precision."""
+    """A device, the precision networks run in on it, and the reason for that precision.
+
+    With `cuda_graph` a training step is recorded once and replayed, so that a fast GPU does not wait for Python.
+    `inference_pixels` is how many go through a network at once where that does not change what comes out.
+    """
 
     device: torch.device
     precision: str
     reason: str
+    cuda_graph: bool = False
+    inference_pixels: int = 32 * 32**2  # what a hook computes from few still lies in the cache
 
     def autocast(self) -> torch.autocast:
         """A context in which networks run in the chosen precision; weights and sums stay float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+        dtype = _LOW_PRECISION.get(self.precision, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision in _LOW_PRECISION)
+
+    def gradient_scaler(self) -> Any:
+        """Keeps small gradients from vanishing in float16; does nothing in other precisions."""
+        enabled = self.precision == "float16"
+        if hasattr(torch.amp, "GradScaler"):
+            return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        return torch.cuda.amp.GradScaler(enabled=enabled)  # PyTorch before 2.3
 
     def place(self, network: nn.Module) -> nn.Module:
         """Move a network to the device, its weights in the channels-last order that convolutions are fastest in."""
@@ -32,6 +50,11 @@ class Compute:
         """Wait until the device has done what it was given, so that a clock read afterwards is true."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def batches(self, images: ImageSet, title: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield all inputs and labels as `images.batches`, in a size that suits the device, under a progress bar."""
+        size = max(1, self.inference_pixels // images.pixels[0, 0].numel())
+        return progress(images.batches(size), title, "batch", total=-(-len(images) // size))
 
     @property
     def description(self) -> str:
@@ -44,28 +67,46 @@ class Compute:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name()
 
 
-def choose_compute(device: str, precision: str) -> Compute:
-    """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16).
+def choose_compute(device: str, precision: str, cuda_graph: bool = False) -> Compute:
+    """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); meet other processes.
 
-    Raises UserError when CUDA is asked for and is not there.
+    Raises UserError when CUDA is asked for and is not there, or a precision that the device does not have.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA was asked for and PyTorch finds none: use --device cpu, or install PyTorch's CUDA build")
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if precision == "bfloat16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("This GPU has no bfloat16: use --precision float32")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if cuda_graph and not on_gpu:
+        raise UserError("--cuda-graph needs a CUDA GPU: leave it out")
+    if precision == "float16" and not on_gpu:
+        raise UserError("float16 is for GPUs: use --precision auto, bfloat16 or float32")
+    if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("This GPU has no bfloat16: use --precision auto, float16 or float32")
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    if on_gpu and distributed.local_rank() >= gpus:
+        raise UserError(f"PyTorch finds {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
+    chosen = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # batches keep their size, so the fastest algorithm is looked for once
+    distributed.join(chosen)
+    suited, reason = _suited_precision(chosen)
     if precision != "auto":
-        return Compute(chosen, precision, "as asked for")
-    if _has_bfloat16_units(chosen):
-        return Compute(chosen, "bfloat16", "faster than float32 on this hardware")
-    return Compute(chosen, "float32", "this hardware has no bfloat16 units")
+        suited, reason = precision, "as asked for"
+    return Compute(chosen, suited, reason, cuda_graph, (1000 if on_gpu else 32) * 32**2)
 
 
-def _has_bfloat16_units(device: torch.device) -> bool:
-    # Without such units a CPU emulates bfloat16, which is slower than float32.
+def _suited_precision(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
+        generation = torch.cuda.get_device_capability(device)
+        if generation >= (8, 0):
+            return "bfloat16", "faster than float32 on this hardware"
+        if generation >= (7, 0):
+            return "float16", "faster than float32 on this hardware, which has no bfloat16"
+        return "float32", "this GPU has no units for less"
+    # Without such units a CPU emulates bfloat16, which is slower than float32.
+    if any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")):
+        return "bfloat16", "faster than float32 on this hardware"
+    return "float32", "this hardware has no bfloat16 units"
 
 
 def _cpu_flags() -> str:

@@ -33,7 +33,7 @@ class Profile:
 
 
 def record_profiles(
-    network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str = "Profiling neurons"
+    network: nn.Module, images: ImageSet, compute: Compute, title: str = "Profiling neurons"
 ) -> dict[str, Profile]:
     """The profile of each layer of `network` on training images, by name. Memory does not grow with the images.
 
@@ -53,7 +53,7 @@ def record_profiles(
             mean, number = before_mean + step * number / (before + number), before + number
         seen[layers[layer]] = (low, high, mean, squares, number)
 
-    observe(network, list(layers)[:-1], see, images, compute, batch_size, title, output=True)
+    observe(network, list(layers)[:-1], see, images, compute, title, output=True)
     profiles = {
         name: Profile(low.cpu(), high.cpu(), (squares / number).sqrt().cpu())
         for name, (low, high, _, squares, number) in seen.items()
@@ -68,7 +68,6 @@ def measure_coverage(
     images: ImageSet,
     profiles: dict[str, Profile],
     compute: Compute,
-    batch_size: int,
     threshold: float = 0.25,
     scaled: bool = True,
     sections: int = 1000,
@@ -128,7 +127,7 @@ def measure_coverage(
         covered["nbc"][:, 1] |= (neurons > high + margin).any(0)
         covered["tknc"][neurons.topk(min(top, neurons.shape[1]), dim=1).indices.flatten()] = True
 
-    observe(network, list(layers)[:-1], see, images, compute, batch_size, title, output=True)
+    observe(network, list(layers)[:-1], see, images, compute, title, output=True)
     if not finite:
         raise not_finite()
     for covered in hit.values():
@@ -161,7 +160,7 @@ def _layers(network: nn.Module, images: ImageSet, compute: Compute) -> dict[nn.M
 
     consumers = [module for module in names if isinstance(module, CONSUMERS)]
     exact = replace(compute, precision="float32")  # in which `observe` hands on the very tensors
-    observe(network, [network, *consumers], look, images.select(torch.arange(1)), exact, 1, "Finding the layers")
+    observe(network, [network, *consumers], look, images.select(torch.arange(1)), exact, "Finding the layers")
     del layers[network]  # what it receives are the images
     return {**layers, network: OUTPUT}
 

@@ -1,10 +1,8 @@
-"""What a network costs: parameters, size, multiply-accumulates, latency and throughput."""
+"""What a network costs, and how networks compare: parameters, size, multiply-accumulates, latency, accuracy."""
 from __future__ import annotations
 
 import copy
 import io
-import statistics
-import time
 from typing import Any
 
 import thop
@@ -13,15 +11,9 @@ from torch import nn
 
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
-from cleanai.progress import progress
+from cleanai.evaluation import Evaluation
+from cleanai.latency import time_networks
 from cleanai.significance import pack
-from cleanai.training import Evaluation
-
-LATENCY_WARM_UP = 20  # calls
-LATENCY_TURNS = 20
-LATENCY_CALLS = 10  # per turn
-THROUGHPUT_TURNS = 6  # the first one warms up
-THROUGHPUT_BATCH = 128
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
@@ -43,36 +35,6 @@ def size_mib(network: nn.Module) -> float:
     file = io.BytesIO()
     torch.save(network.state_dict(), file)
     return file.tell() / 2**20
-
-
-def time_networks(networks: dict[str, nn.Module], images: ImageSet, compute: Compute) -> dict[str, dict[str, Any]]:
-    """Latency of one image and throughput of batches of 128, in float32, evaluation and inference mode, per network.
-
-    The networks take turns, so that a machine whose speed drifts treats all alike. `latency_ms` holds the mean, the
-    percentiles p50, p90 and p99, and n, the number of timed calls; `throughput_images_per_s` is images over seconds.
-    """
-    single = next(images.batches(1))[0]
-    batch = next(images.select(torch.arange(THROUGHPUT_BATCH) % len(images)).batches(THROUGHPUT_BATCH))[0]
-    networks = {name: network.eval() for name, network in networks.items()}
-    calls_ms: dict[str, list[float]] = {name: [] for name in networks}
-    batches_s: dict[str, list[float]] = {name: [] for name in networks}
-    with torch.inference_mode():
-        for network in networks.values():
-            for _ in range(LATENCY_WARM_UP):
-                network(single)
-        for _ in progress(range(LATENCY_TURNS), "Timing single images", "turn"):
-            for name, network in networks.items():
-                calls_ms[name] += [1000 * _seconds(network, single, compute) for _ in range(LATENCY_CALLS)]
-        for _ in progress(range(THROUGHPUT_TURNS), "Timing batches", "turn"):
-            for name, network in networks.items():
-                batches_s[name].append(_seconds(network, batch, compute))
-    return {
-        name: {
-            "latency_ms": _distribution(calls_ms[name]),
-            "throughput_images_per_s": THROUGHPUT_BATCH / statistics.mean(batches_s[name][1:]),
-        }
-        for name in networks
-    }
 
 
 def compare(
@@ -120,23 +82,4 @@ def compare(
             "accuracy_recovery_points": final["accuracy_percent"] - pruned["accuracy_percent"],
             "final_accuracy_drop_points": final["accuracy_percent"] - original["accuracy_percent"],
         },
-    }
-
-
-def _seconds(network: nn.Module, inputs: torch.Tensor, compute: Compute) -> float:
-    compute.synchronize()
-    started = time.perf_counter()
-    network(inputs)
-    compute.synchronize()
-    return time.perf_counter() - started
-
-
-def _distribution(values: list[float]) -> dict[str, float]:
-    percentiles = statistics.quantiles(values, n=100, method="inclusive")
-    return {
-        "mean": statistics.mean(values),
-        "p50": percentiles[49],
-        "p90": percentiles[89],
-        "p99": percentiles[98],
-        "n": len(values),
     }

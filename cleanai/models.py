@@ -14,6 +14,7 @@ from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
 from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
+from cleanai.distributed import first_before_others
 
 
 def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
@@ -94,6 +95,7 @@ def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResN
     return network
 
 
+@first_before_others()
 def download_imagenet_weights(models_dir: Path, url: str) -> Path:
     """The file of ImageNet weights from `url` in `models_dir`, downloaded when missing, its checksum verified.
 

@@ -2,23 +2,21 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any, Callable
 
 import torch
 import torch_pruning as tp
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 from cleanai.activations import CONSUMERS, record_grams, record_statistics
 from cleanai.budget import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.groups import Group, find_groups, sound_groups
 from cleanai.importance import ActivationImportance
-from cleanai.progress import progress
 from cleanai.reconstruction import output_errors, reconstruct
+from cleanai.repair import recalibrate
 
 ROUND_TO = 8  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
 
@@ -73,11 +71,9 @@ def prune_to_budget(
         asked = [None if share is None else share * step / steps for share in shares]
 
         if isinstance(importance, ActivationImportance):
-            importance.statistics = record_statistics(
-                network, calibration, compute, batch_size, title + "measuring channels"
-            )
+            importance.statistics = record_statistics(network, calibration, compute, title + "measuring channels")
         spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
-        grams = record_grams(network, spreads, repair_on, compute, batch_size, title + "measuring relations")
+        grams = record_grams(network, spreads, repair_on, compute, title + "measuring relations")
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [
             _losses(group, order, grams)[torch.tensor(cut) * group.units // group.channels]
@@ -90,6 +86,7 @@ def prune_to_budget(
             group.name: order[: int(count) * group.units // group.channels].tolist()
             for group, order, count in zip(groups, orders, removed)
         }
+        gone = distributed.agreed(gone)  # rounding must not lead processes to different networks
 
         if repair == "full":
             for layer, gram in grams.items():
@@ -101,6 +98,7 @@ def prune_to_budget(
             compute.place(pruned)  # cutting takes the weights out of the channels-last order
         if repair != "none":
             recalibrate(network, repair_on, compute, batch_size, title + "recalibrating batch norm")
+        distributed.agree_on(network)
         achieved.append(_report(step, steps, asked, (1 - costs(removed) / before).tolist()))
         if after_step is not None:
             after_step(step, network, unrepaired)
@@ -110,23 +108,6 @@ def prune_to_budget(
         for name, width in widths_before.items()
     ]
     return {"steps": achieved, "layers": layers}, unrepaired
-
-
-def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
-    """Set the running means and variances of batch norm to plain averages over `images`."""
-    # Not torch's update_bn: it puts dropout and stochastic depth into training mode as well.
-    norms = [m for m in network.eval().modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train().momentum = None  # a cumulative average
-    # Every batch counts alike in it: a smaller last one is left out.
-    whole = max(1, len(images) // batch_size) if norms else 0
-    with torch.inference_mode(), compute.autocast():
-        for inputs, _ in progress(itertools.islice(images.batches(batch_size), whole), title, "batch", total=whole):
-            network(inputs)
-    for norm, momentum in zip(norms, momenta):
-        norm.eval().momentum = momentum
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import cleanai
+from cleanai import distributed
 from cleanai.compute import Compute
 from cleanai.data import Images
 from cleanai.scenario import Scenario
@@ -39,16 +40,7 @@ def describe_run(
         "scenario": scenario.name,
         "method": scenario.method,
         "config": config,
-        "environment": {
-            "device": compute.device_name,
-            "device_type": compute.device.type,
-            "cpu_threads": torch.get_num_threads(),
-            "precision": compute.precision,
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "cleanai": cleanai.__version__,
-            **{package: version(package) for package in PACKAGES},
-        },
+        "environment": describe_environment(compute),
         "dataset": {
             "name": scenario.dataset,
             "source": images.source,
@@ -56,4 +48,19 @@ def describe_run(
             "test_images": len(images.test),
             **({} if calibration_images is None else {"calibration_images": calibration_images}),
         },
+    }
+
+
+def describe_environment(compute: Compute) -> dict[str, Any]:
+    """What a measurement was made on and with."""
+    return {
+        "device": compute.device_name,
+        "device_type": compute.device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "precision": compute.precision,
+        "processes": distributed.processes(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cleanai": cleanai.__version__,
+        **{package: version(package) for package in PACKAGES},
     }

@@ -15,6 +15,7 @@ from cleanai.tables import (
     asked_for,
     comparison_rows,
     counted,
+    exported_as,
     prepared_with,
     repair_stages,
     summary_rows,
@@ -78,7 +79,7 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
     dataset, environment = record["dataset"], record["environment"]
     device = f"{environment['device_type']}, {environment['device']}, {environment['cpu_threads']} threads"
     packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
-    return [
+    rows = [
         ("Original network", prepared_with(record)),
         ("Dataset", f"{dataset['name']}, {dataset['source']}"),
         ("Training images", f"{dataset['train_images']:,}"),
@@ -92,6 +93,12 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
         ("System", f"{environment['system']}, Python {environment['python']}"),
         ("Packages", ", ".join(f"{package} {environment[package]}" for package in packages)),
     ]
+    if "export" in record:
+        export = record["export"]
+        timed = f"timed in float32 by ONNX Runtime {export['onnxruntime']} and by PyTorch on {export['device']}"
+        threads = counted(export["cpu_threads"], "thread")
+        rows.append(("ONNX", f"{export['file']}: {exported_as(export)}; {timed}, {threads}"))
+    return rows
 
 
 def _what_was_done(record: Record) -> str:

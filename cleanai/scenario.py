@@ -5,15 +5,34 @@ that a script that has nothing to do answers at once.
 """
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 
 PROJECT = Path(__file__).resolve().parents[1]
 CHECKPOINTS_DIR = PROJECT / "checkpoints"
 
+DOWNLOADABLE = "CIFAR10"
+EMBEDDED = "Digits"
+
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
+
+
+def has_image_folder(dataset: str, data_dir: Path) -> bool:
+    """Whether there is a folder of images of that name, with a part for training or for testing."""
+    folder = data_dir / dataset
+    return bool(re.fullmatch(r"[\w-]+", dataset)) and any((folder / part).is_dir() for part in ("train", "test"))
+
+
+def require_known_dataset(dataset: str, data_dir: Path) -> None:
+    """Raise UserError when images of that name can come from nowhere."""
+    if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):
+        raise UserError(
+            f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
+            f"or put your images into {data_dir / dataset / '{train,test}' / '<class>' / '*.png'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,14 +65,15 @@ class Scenario:
         """The network that the preparing script ends with and the pruning scripts begin with."""
         return self._prepared("FT_final")
 
-    def require_fine_tuned(self, script: str) -> None:
-        """Raise UserError when the preparing script has not left its network yet."""
+    def require_fine_tuned(self, script: str, data_dir: Path) -> None:
+        """Raise UserError when the preparing script has not left its network yet, or could not for want of images."""
         if not self.fine_tuned.exists():
+            require_known_dataset(self.dataset, data_dir)
             raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.command(script)}")
 
     def command(self, script: str) -> str:
         """The command that runs another script of this scenario on the same dataset and folder."""
-        dataset = "" if self.dataset == "CIFAR10" else f" --dataset {self.dataset}"
+        dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
         return f"python test_scenarios/{script}{dataset}{folder}"
 
@@ -70,6 +90,11 @@ class Scenario:
     def final(self) -> Path:
         """The network this script ends with."""
         return self._trained("final")
+
+    @property
+    def exported(self) -> Path:
+        """The network this script ends with, as ONNX."""
+        return self.final.with_suffix(".onnx")
 
     @property
     def resume(self) -> Path:
@@ -95,9 +120,10 @@ class Scenario:
         """Delete what an earlier run of this script left, for starting over."""
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
         epochs = self.folder.glob(self.epoch(0).name.replace("epoch0", "epoch*"))
-        for path in [*own, self.final, self.resume, *epochs]:
-            if path.exists():
-                path.unlink()
+        with distributed.first_before_others():
+            for path in [*own, self.final, self.exported, self.resume, *epochs]:
+                if path.exists():
+                    path.unlink()
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"

@@ -2,26 +2,27 @@
 from __future__ import annotations
 
 import http.client
-import re
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.functional import pil_to_tensor
 
-from cleanai import UserError
+from cleanai import UserError, __version__
+from cleanai.checkpoints import replacing, write_bytes
 from cleanai.data import Images, ImageSet, balanced_order
+from cleanai.distributed import first_before_others
+from cleanai.image_folder import one_line, read_image_folder
 from cleanai.progress import progress
+from cleanai.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset
 
-DOWNLOADABLE = "CIFAR10"
-EMBEDDED = "Digits"
 DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, and a four-stage ResNet wants some positions left at its end
 
 
+@first_before_others()  # of several processes: what the first one downloads or decodes is there for all
 def load_images(dataset: str, data_dir: Path) -> Images:
     """Load a dataset by name, on the CPU.
 
@@ -29,21 +30,16 @@ def load_images(dataset: str, data_dir: Path) -> Images:
     `data_dir/<dataset>/{train,test}/<class>/*.{png,jpg}`; torchvision's dataset, downloaded when missing.
     Raises UserError when there is none, or an image is broken.
     """
-    folder = data_dir / dataset
+    require_known_dataset(dataset, data_dir)
     if dataset == EMBEDDED:
         train, test, classes = _digits()
         source = "scikit-learn's handwritten digits (embedded)"
-    elif re.fullmatch(r"[\w-]+", dataset) and any((folder / part).is_dir() for part in ("train", "test")):
-        train, test, classes = _image_folder(folder)
+    elif has_image_folder(dataset, data_dir):
+        train, test, classes = read_image_folder(data_dir / dataset)
         source = "image folder"
-    elif dataset == DOWNLOADABLE:
+    else:
         train, test, classes = _cifar10(data_dir)
         source = "torchvision.datasets.CIFAR10"
-    else:
-        raise UserError(
-            f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
-            f"or put your images into {folder / '{train,test}' / '<class>' / '*.png'}"
-        )
     mean, std = _channel_statistics(train[0])
     return Images(
         train=ImageSet(*train, mean, std),
@@ -66,58 +62,61 @@ def _digits() -> tuple[tuple, tuple, list[str]]:
     return (pixels[train], labels[train]), (pixels[test], labels[test]), [str(name) for name in digits.target_names]
 
 
-def _image_folder(folder: Path) -> tuple[tuple, tuple, list[str]]:
-    parts = {}
-    for part in ("train", "test"):
-        try:
-            listing = datasets.ImageFolder(str(folder / part))
-        except OSError as error:
-            raise UserError(f"{folder / part} must hold images in class folders: {_one_line(error)}") from error
-        parts[part] = listing
-    classes = parts["train"].classes
-    if parts["test"].classes != classes:
-        different = ", ".join(sorted(set(classes) ^ set(parts["test"].classes)))
-        raise UserError(f"{folder}: train and test must have the same class folders; only one of them has {different}")
-    train, test = (_decode(parts[part].samples, f"Reading {folder.name} {part}") for part in ("train", "test"))
-    if train[0].shape[1:] != test[0].shape[1:]:
-        raise UserError(f"{folder}: training and test images differ in size; all must have the same")
-    return train, test, classes
-
-
-def _decode(samples: list[tuple[str, int]], title: str) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels = None
-    for number, (path, _) in enumerate(progress(samples, title, "image")):
-        try:
-            with Image.open(path) as image:
-                decoded = pil_to_tensor(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"Broken image file: {path} ({_one_line(error)}). Replace or remove it") from error
-        if pixels is None:
-            pixels = torch.empty((len(samples), *decoded.shape), dtype=torch.uint8)
-        if decoded.shape != pixels.shape[1:]:
-            size, first = ("{2} x {1}".format(*shape) for shape in (decoded.shape, pixels.shape[1:]))
-            raise UserError(f"{path} is {size} pixels and the first image is {first}: all images must have one size")
-        pixels[number] = decoded
-    return pixels, torch.tensor([label for _, label in samples])
-
-
 def _cifar10(data_dir: Path) -> tuple[tuple, tuple, list[str]]:
-    parts = []
+    archive = data_dir / datasets.CIFAR10.filename
     try:
-        for train in (True, False):
-            parts.append(datasets.CIFAR10(root=str(data_dir), train=train, download=True))
-    except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
-        by_hand = data_dir / datasets.CIFAR10.filename
-        if by_hand.exists() and not check_integrity(str(by_hand), datasets.CIFAR10.tgz_md5):
-            by_hand.unlink()  # what came of a broken download
-        raise UserError(
-            f"CIFAR-10 could not be downloaded ({_one_line(error)}): put {datasets.CIFAR10.url} by hand at {by_hand}, "
-            f"or your own copy as images into {data_dir / DOWNLOADABLE / '{train,test}' / '<class>'}"
-        ) from error
+        parts = _extracted_cifar10(data_dir)
+    except RuntimeError:  # torchvision's word for files that are missing or have another checksum
+        if not archive.exists():
+            _download(archive, datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5)
+        elif not check_integrity(str(archive), datasets.CIFAR10.tgz_md5):
+            raise UserError(f"{archive} is not the published file (its MD5 differs): delete it and run again") from None
+        try:
+            _extract(archive, data_dir / datasets.CIFAR10.base_folder)
+            parts = _extracted_cifar10(data_dir)
+        except RuntimeError as error:
+            raise UserError(f"{archive} does not hold CIFAR-10 ({one_line(error)}): delete it and run again") from error
     train, test = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
     )
     return train, test, parts[0].classes
+
+
+def _extracted_cifar10(data_dir: Path) -> list[datasets.CIFAR10]:
+    # Checks the MD5 of every file before it unpickles any.
+    return [datasets.CIFAR10(root=str(data_dir), train=train) for train in (True, False)]
+
+
+def _download(path: Path, url: str, md5: str) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": f"cleanai/{__version__}"})
+    try:
+        # Goes to a temporary file first, and is moved into place when its size and checksum are right.
+        with replacing(path) as file, urllib.request.urlopen(request, timeout=60) as response:
+            size = response.length  # None when the server does not tell
+            blocks = iter(lambda: response.read(2**20), b"")
+            for block in progress(blocks, f"Downloading {path.name}", "MiB", size and size // 2**20):
+                file.write(block)
+            file.flush()
+            if size is not None and file.tell() != size:
+                raise OSError(f"the connection ended after {file.tell():,} of {size:,} bytes")
+            if not check_integrity(file.name, md5):
+                raise OSError("its MD5 is not that of the published file")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"CIFAR-10 could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
+            f"or your own copy as images into {path.parent / DOWNLOADABLE / '{train,test}' / '<class>'}"
+        ) from error
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Write those members of the archive that are wanted, by names of our own: none can lead elsewhere."""
+    cifar10 = datasets.CIFAR10
+    wanted = [cifar10.meta["filename"], *(name for name, _ in [*cifar10.train_list, *cifar10.test_list])]
+    places = {f"{cifar10.base_folder}/{name}": folder / name for name in wanted}
+    with tarfile.open(str(archive)) as tar:
+        for member in tar:
+            if member.isfile() and member.name in places:
+                write_bytes(places[member.name], tar.extractfile(member).read())
 
 
 def _channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,6 +129,3 @@ def _channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     # A channel that is constant over the whole dataset says nothing; it must not be divided by zero.
     return mean.float(), variance.clamp_min(1e-4).sqrt().float()
 
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

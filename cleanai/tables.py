@@ -7,6 +7,7 @@ Record = Dict[str, Any]
 
 TITLES = {"Coverage": "NEURON COVERAGE PRUNING", "Wanda": "WANDA PRUNING"}
 MODELS = {"original": "Original (FT)", "pruned": "After Pruning", "fine_tuned": "After Pruning+FT"}
+RUNTIMES = {"onnx_runtime": "ONNX Runtime, CPU (ms)", "pytorch": "PyTorch, CPU, beside it (ms)"}
 
 
 def preparation_table(record: Record) -> str:
@@ -35,6 +36,7 @@ def preparation_table(record: Record) -> str:
 def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
     """The rows of the comparison: a label, and the values of original, pruned and fine-tuned network."""
     models = [record["models"][name] for name in MODELS]
+    exported = record["export"]["latency_ms"] if "export" in record else {}
     return [
         ("Accuracy (%)", [f"{model['accuracy_percent']:.2f}" for model in models]),
         ("Size (MB)", [f"{model['size_mib']:.2f}" for model in models]),
@@ -43,6 +45,7 @@ def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
         ("Avg Inference Time (ms)", [f"{model['latency_ms']['mean']:.2f}" for model in models]),
         ("Held-out Accuracy (%)", [f"{model['accuracy_heldout_percent']:.2f}" for model in models]),
         ("Throughput, batch 128 (images/s)", [f"{model['throughput_images_per_s']:.0f}" for model in models]),
+        *((RUNTIMES[key], [f"{latency[name]['mean']:.2f}" for name in MODELS]) for key, latency in exported.items()),
     ]
 
 
@@ -106,6 +109,14 @@ def prepared_with(record: Record) -> str:
     weights = "ImageNet weights" if config["weights"] == "imagenet" else "random weights"
     samples = f" on {config['train_samples']:,} images" if config["train_samples"] else ""
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
+
+
+def exported_as(export: Record) -> str:
+    """What an exported network is, and how far its outputs are from PyTorch's."""
+    return (
+        f"opset {export['opset']}, {export['size_mib']:.2f} MB, "
+        f"largest difference from PyTorch's outputs {export['largest_difference']:.1e}"
+    )
 
 
 def asked_for(config: Record) -> str:

@@ -1,56 +1,27 @@
-"""Evaluation and fine-tuning."""
+"""Fine-tuning."""
 from __future__ import annotations
 
 import copy
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from cleanai import UserError
-from cleanai.checkpoints import find_checkpoint
+from cleanai import UserError, distributed
+from cleanai.checkpoints import find_checkpoint, remove_file
 from cleanai.compute import Compute
-from cleanai.data import Images, ImageSet
+from cleanai.data import Images
+from cleanai.evaluation import Evaluation, evaluate
 from cleanai.models import save_network
 from cleanai.progress import progress
 from cleanai.scenario import Scenario
+from cleanai.steps import TrainingStep
 
-EVALUATION_BATCH = 500
 SAVE_EVERY = 5  # epochs
 WARM_UP = 0.2  # share of the steps in which the learning rate rises
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a network makes of a set of images; `correct` (N,) says of each whether it was recognised."""
-
-    accuracy_percent: float
-    loss: float
-    correct: torch.Tensor
-
-
-def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:
-    """Accuracy and mean cross-entropy of a network on all images; the network's mode is left as it was."""
-    was_training = network.training
-    network.eval()
-    correct, loss = [], torch.zeros((), device=images.labels.device, dtype=torch.float64)
-    with torch.inference_mode():
-        batches = images.batches(EVALUATION_BATCH)
-        for inputs, labels in progress(batches, title, "batch", total=-(-len(images) // EVALUATION_BATCH)):
-            with compute.autocast():
-                outputs = network(inputs)
-            loss += F.cross_entropy(outputs.float(), labels, reduction="sum")
-            correct.append(outputs.argmax(1) == labels)
-    network.train(was_training)
-    hits = torch.cat(correct).cpu()
-    return Evaluation(
-        accuracy_percent=100 * int(hits.sum()) / len(images), loss=loss.item() / len(images), correct=hits
-    )
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -69,8 +40,8 @@ def fine_tune(
     batch_size: int,
     lr: float,
     seed: int,
-) -> list[dict[str, float]]:
-    """Train a network in place with Adam; return its history, one dictionary per epoch.
+) -> tuple[list[dict[str, float]], Evaluation]:
+    """Train a network in place with Adam; return its history, a dictionary per epoch, and what it ended with.
 
     Saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
     `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. `facts` go into the
@@ -83,25 +54,28 @@ def fine_tune(
     if finished:
         _load_into(network, finished, scenario.final)
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
-        return finished["history"]
+        return finished["history"], Evaluation(**finished["evaluation"])
+    if batch_size % distributed.processes():
+        raise UserError(f"--batch-size {batch_size} cannot be shared evenly by {distributed.processes()} processes")
 
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=compute.device.type == "cuda")
+    step = TrainingStep(network, images.train, compute)
     history: list[dict[str, float]] = []
     interrupted = find_checkpoint(scenario.resume, facts["config"])
     if interrupted:
         _load_into(network, interrupted, scenario.resume)
-        optimizer.load_state_dict(interrupted["optimizer"])
-        for group in optimizer.param_groups:
-            group["fused"] = optimizer.defaults["fused"]  # the interrupted run may have been on another device
+        step.load_state_dict(interrupted["training"])
         history = interrupted["history"]
         print(f"Going on after epoch {len(history)} of an interrupted run")
+    seconds = _estimate_epoch_seconds(network, images, compute, batch_size)
+    minutes = (epochs - len(history)) * seconds / 60
+    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {minutes:.1f} minutes")
 
     for epoch in range(len(history) + 1, epochs + 1):
         started = time.perf_counter()
-        rate, loss, accuracy = _train_epoch(network, optimizer, images, compute, epoch, epochs, batch_size, lr, seed)
+        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
         test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
-        if not (math.isfinite(loss) and math.isfinite(test.loss)):
-            raise UserError(f"The loss is no longer a number in epoch {epoch}: use a lower --lr than {lr}")
+        if not math.isfinite(test.loss):
+            raise UserError(f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {lr}")
         history.append(
             {
                 "epoch": epoch,
@@ -120,28 +94,29 @@ def fine_tune(
         if epoch % SAVE_EVERY == 0:
             save_network(scenario.epoch(epoch), network, {**facts, "epoch": epoch})
         if epoch < epochs:
-            state = {"optimizer": optimizer.state_dict(), "history": history}
+            state = {"training": step.state_dict(), "history": history}
             save_network(scenario.resume, network, {**facts, "epoch": epoch, **state})
 
-    save_network(scenario.final, network, {**facts, "epoch": epochs, "history": history})
-    if scenario.resume.exists():
-        scenario.resume.unlink()
-    return history
+    save_network(
+        scenario.final, network, {**facts, "epoch": epochs, "history": history, "evaluation": vars(test)}
+    )
+    remove_file(scenario.resume)
+    return history, test
 
 
-def estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute, batch_size: int) -> float:
-    """The time one training epoch will take, from a few steps of a copy of the network."""
-    trial = copy.deepcopy(network).train()
-    optimizer = torch.optim.Adam(trial.parameters())
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.arange(min(batch_size, len(images.train)))
-    for step in range(4):
-        if step == 2:  # the first steps choose algorithms and take memory
+def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute, batch_size: int) -> float:
+    """The time one epoch will take, from a few steps of a copy of the network."""
+    step = TrainingStep(copy.deepcopy(network).train(), images.train, compute)
+    batch = torch.arange(min(batch_size, len(images.train)), device=compute.device)
+    moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
+    for number in range(6):
+        if number == 4:  # the first steps choose algorithms, take memory, and record what a CUDA graph repeats
             compute.synchronize()
             started = time.perf_counter()
-        _train_step(trial, optimizer, *images.train.augmented_batch(batch, images.mirror, generator), compute)
+        step(batch, moves, rate=1e-6)
     compute.synchronize()
-    return (time.perf_counter() - started) / 2 * max(1, len(images.train) // batch_size)
+    seconds_per_image = (time.perf_counter() - started) / 2 / len(batch)
+    return seconds_per_image * (len(images.train) + len(images.test) / 3)  # a step passes each image thrice
 
 
 def _load_into(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
@@ -153,7 +128,7 @@ def _load_into(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> No
 
 def _train_epoch(
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: TrainingStep,
     images: Images,
     compute: Compute,
     epoch: int,
@@ -164,31 +139,23 @@ def _train_epoch(
 ) -> tuple[float, float, float]:
     """Train for one epoch; return the last learning rate, the mean loss and the accuracy in percent."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(images.train), generator=generator)
+    count = len(images.train)
+    # All that is random goes to the device at once.
+    order = torch.randperm(count, generator=generator).to(compute.device)
+    moves = images.train.draw_moves(count, images.mirror, generator)
     # Batches of one size: what is left over, other images in every epoch, waits for the next.
-    batches = order.split(batch_size)[: max(1, len(order) // batch_size)]
-    loss_sum = torch.zeros((), device=compute.device)
-    hits = torch.zeros((), device=compute.device)
+    steps = max(1, count // batch_size)
+    rates = [learning_rate((epoch - 1) * steps + number, epochs * steps, lr) for number in range(steps)]
+    results = torch.zeros(2, steps, device=compute.device)  # losses and shares recognised, read when all is done
     network.train()
-    for step, batch in enumerate(progress(batches, f"Epoch {epoch}/{epochs}", "batch")):
-        rate = learning_rate((epoch - 1) * len(batches) + step, epochs * len(batches), lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        inputs, labels = images.train.augmented_batch(batch, images.mirror, generator)
-        loss, outputs = _train_step(network, optimizer, inputs, labels, compute)
-        loss_sum += loss
-        hits += (outputs.argmax(1) == labels).float().mean()
-    mean_loss = loss_sum.item() / len(batches)
-    return rate, mean_loss, 100 * hits.item() / len(batches)
-
-
-def _train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, labels: torch.Tensor, compute: Compute
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with compute.autocast():
-        outputs = network(inputs)
-        loss = F.cross_entropy(outputs, labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), outputs.detach()
+    for number in progress(range(steps), f"Epoch {epoch}/{epochs}", "batch"):
+        batch = slice(number * batch_size, (number + 1) * batch_size)
+        results[0, number], results[1, number] = step(order[batch], moves[batch], rates[number])
+    losses, hits = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()
+    if not losses.isfinite().all():
+        first = int(losses.isfinite().int().argmin())
+        raise UserError(
+            f"The loss is no longer a number in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
+            f"{rates[first]:.2g}: use a lower --lr than {lr}"
+        )
+    return rates[-1], losses.mean().item(), 100 * hits.mean().item()

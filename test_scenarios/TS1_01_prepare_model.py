@@ -49,13 +49,15 @@ def prepare(args, scenario):
     import torch
 
     from cleanai.compute import choose_compute
+    from cleanai.distributed import end_all_but_first
+    from cleanai.evaluation import evaluate
     from cleanai.measure import count_parameters
     from cleanai.models import build, download_imagenet_weights, imagenet_url, save_network
     from cleanai.records import checkpoint_facts, describe_run
     from cleanai.sources import load_images
-    from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
+    from cleanai.training import fine_tune
 
-    compute = choose_compute(args.device, args.precision)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
@@ -69,20 +71,20 @@ def prepare(args, scenario):
     network = compute.place(build(MODEL, len(images.classes), weights))
     save_network(scenario.pretrained, network, facts)
 
-    seconds = estimate_epoch_seconds(network, images, compute, args.batch_size)
-    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {args.epochs * seconds / 60:.1f} minutes")
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 
-    history = fine_tune(network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed)
-    after = history[-1]  # the last epoch's network is the result, whichever was best on the test images
+    history, after = fine_tune(
+        network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed
+    )  # the last epoch's network is the result, whichever was best on the test images
+    end_all_but_first()  # of several processes, as torchrun starts them
 
     parameters = count_parameters(network)
     return {
         **describe_run(scenario, images, compute, args.config),
         "models": {
             "before": {"accuracy_percent": before.accuracy_percent, "loss": before.loss, **parameters},
-            "after": {"accuracy_percent": after["test_accuracy_percent"], "loss": after["test_loss"], **parameters},
+            "after": {"accuracy_percent": after.accuracy_percent, "loss": after.loss, **parameters},
         },
         "history": history,
     }

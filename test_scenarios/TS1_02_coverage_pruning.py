@@ -10,7 +10,7 @@ from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
 from cleanai.report import write_report
 from cleanai.scenario import Scenario
-from cleanai.tables import comparison_table, origin_lines, repair_stages
+from cleanai.tables import comparison_table, exported_as, origin_lines, repair_stages
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -23,7 +23,7 @@ ITERATIVE_STEPS = 5
 ROUND_TO = 8  # widths stay multiples of it
 CALIBRATION_BATCHES = 50  # of test images; they never decide which network is kept
 REPAIR = "full"  # what stays takes over from what went, and batch norm is recalibrated
-REPAIR_BATCHES = 50  # of training images, without their labels
+REPAIR_BATCHES = 8  # of training images, without their labels
 EPOCHS = 30
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
@@ -50,7 +50,7 @@ def main():
         precision="auto",
     )
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
     args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
     finished = scenario.pruned.exists() and scenario.final.exists() and not args.fresh
     record = find_record(scenario.record, args.config) if finished else None
@@ -62,7 +62,15 @@ def main():
         record = prune(args, scenario)
         write_report(scenario.report, record)
         write_record(scenario.record, record)  # last: it marks the run as finished
+    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
+        from cleanai.export import export_scenario
+
+        record["export"] = export_scenario(scenario, args.data_dir)
+        write_report(scenario.report, record)
+        write_record(scenario.record, record)
     print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
+    if "export" in record:
+        print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
 
 
 def prune(args, scenario):
@@ -70,15 +78,18 @@ def prune(args, scenario):
     import copy
 
     from cleanai.compute import choose_compute
+    from cleanai.distributed import end_all_but_first
+    from cleanai.evaluation import Evaluation, evaluate
     from cleanai.importance import NeuronCoverageImportance
     from cleanai.measure import compare
     from cleanai.models import network_from, save_network
-    from cleanai.pruning import prune_to_budget, recalibrate
+    from cleanai.pruning import prune_to_budget
     from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.repair import repair_accuracies
     from cleanai.sources import load_images
-    from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
+    from cleanai.training import fine_tune
 
-    compute = choose_compute(args.device, args.precision)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph)
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
@@ -91,21 +102,19 @@ def prune(args, scenario):
         scenario.remove_outputs()
     facts = checkpoint_facts(scenario, images, compute, args.config)
     earlier = find_checkpoint(scenario.pruned, facts["config"])
-    seconds = estimate_epoch_seconds(original, images, compute, args.batch_size)
-    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {args.epochs * seconds / 60:.1f} minutes")
-    evaluations = {"original": evaluate(original, images.test, compute)}
+    evaluations = {"original": evaluate(original, images.test, compute, "Evaluating the original network")}
     print(f"Before pruning: test accuracy {evaluations['original'].accuracy_percent:.2f}%")
 
     if earlier:
         print(f"Found the pruned network of an earlier run: {scenario.pruned}")
         pruned, pruning = compute.place(network_from(earlier, scenario.pruned)), earlier["pruning"]
+        evaluations["pruned"] = Evaluation(**earlier["evaluation"])
     else:
         pruned = copy.deepcopy(original)
-        importance = NeuronCoverageImportance(args.coverage_metric)
         repair_on = images.repair_sample(args.repair_batches * args.batch_size, args.seed)
         pruning, unrepaired = prune_to_budget(
             pruned,
-            importance,
+            NeuronCoverageImportance(args.coverage_metric),
             calibration,
             repair_on,
             compute,
@@ -116,20 +125,18 @@ def prune(args, scenario):
             round_to=args.round_to,
             repair=args.repair,
         )
-        pruning["accuracy_raw_percent"] = evaluate(unrepaired, images.test, compute).accuracy_percent
-        if args.repair == "full":  # so that the report can tell what each part of the repair did
-            recalibrate(unrepaired, repair_on, compute, args.batch_size, "Recalibrating the unrepaired network")
-            pruning["accuracy_recalibrated_percent"] = evaluate(unrepaired, images.test, compute).accuracy_percent
-        save_network(scenario.pruned, pruned, {**facts, "pruning": pruning})
-    evaluations["pruned"] = evaluate(pruned, images.test, compute)
-    if args.repair != "none":
-        repaired = {"bn": "accuracy_recalibrated_percent", "full": "accuracy_reconstructed_percent"}[args.repair]
-        pruning[repaired] = evaluations["pruned"].accuracy_percent
+        accuracies, evaluations["pruned"] = repair_accuracies(
+            args.repair, pruned, unrepaired, repair_on, images.test, compute, args.batch_size
+        )
+        pruning.update(accuracies)
+        save_network(scenario.pruned, pruned, {**facts, "pruning": pruning, "evaluation": vars(evaluations["pruned"])})
     print(f"After pruning: test accuracy {repair_stages(pruning)}")
 
     tuned = copy.deepcopy(pruned)
-    history = fine_tune(tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed)
-    evaluations["fine_tuned"] = evaluate(tuned, images.test, compute)
+    history, evaluations["fine_tuned"] = fine_tune(
+        tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed
+    )
+    end_all_but_first()  # of several processes, as torchrun starts them
 
     networks = {"original": original, "pruned": pruned, "fine_tuned": tuned}
     return {

@@ -8,8 +8,8 @@ from typing import Iterator
 
 
 @contextlib.contextmanager
-def serving(files: dict[str, bytes], cut_off: bool = False) -> Iterator[str]:
-    """Serve `files` by name and yield the server's address; with `cut_off` each ends in the middle."""
+def serving(files: dict[str, bytes], cut_off: bool = False, stall: bool = False) -> Iterator[str]:
+    """Serve `files` by name and yield the server's address; in the middle of a file `cut_off` ends, `stall` rests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -20,7 +20,9 @@ def serving(files: dict[str, bytes], cut_off: bool = False) -> Iterator[str]:
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if cut_off else content)
+            self.wfile.write(content[: len(content) // 2] if cut_off or stall else content)
+            if stall:
+                self.rfile.read(1)  # until the other side is gone
 
         def log_message(self, *_: object) -> None:
             pass

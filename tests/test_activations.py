@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ def small():
 
 
 def test_statistics_are_the_means_of_what_each_layer_receives(small, pictures, compute):
-    recorded = record_statistics(small, pictures, compute, batch_size=10)
+    recorded = record_statistics(small, pictures, compute)
     small.double().eval()
     values = next(pictures.batches(len(pictures)))[0].double()
     seen = []
@@ -45,9 +47,9 @@ def test_statistics_are_the_means_of_what_each_layer_receives(small, pictures, c
 
 
 def test_how_images_are_split_into_batches_does_not_matter(small, pictures, compute):
-    whole = record_statistics(small, pictures, compute, batch_size=37)
+    whole = record_statistics(small, pictures, compute)
     for size in (1, 8, 36):  # the last batch is ragged
-        parts = record_statistics(small, pictures, compute, batch_size=size)
+        parts = record_statistics(small, pictures, replace(compute, inference_pixels=size * 64))
         for layer in _layers(small):
             for name in ("mean_absolute", "frequency", "second_moment"):
                 expected = getattr(whole[layer], name)
@@ -58,7 +60,7 @@ def test_how_images_are_split_into_batches_does_not_matter(small, pictures, comp
 def test_the_network_is_left_as_it_was(small, pictures, compute, training):
     small.train(training)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    record_statistics(small, pictures, compute, batch_size=10)
+    record_statistics(small, pictures, compute)
     assert small.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in small.modules())
@@ -67,19 +69,19 @@ def test_the_network_is_left_as_it_was(small, pictures, compute, training):
 def test_no_hook_is_left_when_a_forward_pass_fails(small, pictures, compute):
     small[-1] = nn.Linear(7, 2)
     with pytest.raises(RuntimeError):
-        record_statistics(small, pictures, compute, batch_size=10)
+        record_statistics(small, pictures, compute)
     assert not any(m._forward_pre_hooks for m in small.modules())
 
 
 def test_a_network_that_computes_no_finite_numbers_is_refused(small, pictures, compute):
     small[0].weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(UserError, match="not finite numbers: its weights are damaged"):
-        record_statistics(small, pictures, compute, batch_size=10)
+        record_statistics(small, pictures, compute)
 
 
 def test_products_between_channels_are_not_taken_in_the_low_precision_of_the_network(small, pictures):
     layer, seen = small[3], []
-    gram = record_grams(small, {layer: 1}, pictures, choose_compute("cpu", "bfloat16"), batch_size=37)[layer]
+    gram = record_grams(small, {layer: 1}, pictures, choose_compute("cpu", "bfloat16"))[layer]
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         small.eval()(next(pictures.batches(37))[0])

@@ -48,6 +48,7 @@ def test_help_explains_every_option_with_its_default(script):
     shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
     own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--macs-ratio", "--steps"]
     own += [] if script == SCRIPTS[0] else ["--calibration-batches", "--round-to", "--repair", "--repair-batches"]
+    own += [] if script == SCRIPTS[0] else ["--export"]
     own += ["--coverage-metric"] if script == SCRIPTS[1] else []
     for option in [*shared, *own, "--data-dir", "--checkpoints-dir", "--fresh"]:
         assert option in text
@@ -70,6 +71,8 @@ def test_help_explains_every_option_with_its_default(script):
         (0, ["--lr", "fast"], "--lr: fast is not a number"),
         (0, ["--weights", "imagenet22k"], "--weights"),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
+        (1, ["--export", "tflite"], "--export"),
+        (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
     ],
 )
@@ -86,8 +89,9 @@ def test_pruning_before_preparing_names_the_command_to_run(script, tmp_path):
     fails(result, f"{command} --dataset Digits")
 
 
-def test_an_unknown_dataset_is_named(tmp_path):
-    result = run(SCRIPTS[0], "--dataset", "CIFAR99", "--data-dir", tmp_path, "--checkpoints-dir", tmp_path / "out")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_dataset_is_named(script, tmp_path):
+    result = run(script, "--dataset", "CIFAR99", "--data-dir", tmp_path, "--checkpoints-dir", tmp_path / "out")
     fails(result, "Unknown dataset: CIFAR99", "--dataset CIFAR10 or Digits")
     assert not (tmp_path / "out").exists()
 

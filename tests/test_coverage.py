@@ -1,5 +1,6 @@
 """Coverage against the dnn-tip package on the same activations, gathered here in another way."""
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ def _pictures(count, seed, spread=256):
 TRAINING, TEST = _pictures(41, seed=0, spread=200), _pictures(37, seed=1)
 
 
+@pytest.fixture
+def compute(compute):
+    """As everywhere, in batches of 10 of these pictures, so that the last is ragged."""
+    return replace(compute, inference_pixels=10 * 64)
+
+
 @pytest.fixture(scope="module", params=["whole", "pruned"])
 def residual(request):
     torch.manual_seed(0)
@@ -80,8 +87,8 @@ def _expected(criterion, activations):
 
 @pytest.mark.parametrize("beyond", [0.0, 0.5])
 def test_all_criteria_are_those_of_dnn_tip(residual, compute, beyond):
-    profiles = record_profiles(residual, TRAINING, compute, batch_size=16)
-    measured = measure_coverage(residual, TEST, profiles, compute, 10, sections=50, beyond=beyond, top=2)
+    profiles = record_profiles(residual, TRAINING, compute)
+    measured = measure_coverage(residual, TEST, profiles, compute, sections=50, beyond=beyond, top=2)
     seen = _gathered(residual, TRAINING)
     low, high, deviation = ([getattr(layer, name)(0) for layer in seen] for name in ("min", "max", "std"))
     assert list(profiles) == NAMES
@@ -106,9 +113,9 @@ def test_all_criteria_are_those_of_dnn_tip(residual, compute, beyond):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 0.5])
 def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual, compute, threshold):
-    profiles = record_profiles(residual, TRAINING, compute, batch_size=16)
+    profiles = record_profiles(residual, TRAINING, compute)
     for scaled, values in ((True, _scaled), (False, lambda layer: layer)):
-        measured = measure_coverage(residual, TEST, profiles, compute, 10, threshold, scaled)
+        measured = measure_coverage(residual, TEST, profiles, compute, threshold, scaled)
         expected = NAC(threshold)(_gathered(residual, TEST, values))[1].any(0)
         assert measured["nc_percent"] == pytest.approx(100 * expected.mean(), abs=1e-9)
         widths = np.cumsum([layer["neurons"] for layer in measured["layers"]])[:-1]
@@ -117,20 +124,22 @@ def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual
 
 
 def test_how_images_are_split_into_batches_does_not_matter(residual, compute):
-    whole = record_profiles(residual, TRAINING, compute, batch_size=41)
-    expected = measure_coverage(residual, TEST, whole, compute, 37, sections=20)
+    at_once = replace(compute, inference_pixels=41 * 64)
+    whole = record_profiles(residual, TRAINING, at_once)
+    expected = measure_coverage(residual, TEST, whole, at_once, sections=20)
     for size in (1, 9):
-        parts = record_profiles(residual, TRAINING, compute, size)
+        small = replace(compute, inference_pixels=size * 64)
+        parts = record_profiles(residual, TRAINING, small)
         for name, profile in parts.items():
             torch.testing.assert_close(profile.deviation, whole[name].deviation, rtol=1e-5, atol=1e-7)
-        measured = measure_coverage(residual, TEST, parts, compute, size, sections=20)
+        measured = measure_coverage(residual, TEST, parts, small, sections=20)
         for key in ("nc_percent", "kmnc_percent", "tknc_percent"):
             assert measured[key] == pytest.approx(expected[key], abs=0.5)
 
 
 def test_the_images_a_profile_was_made_of_cross_no_boundary(residual, compute):
-    profiles = record_profiles(residual, TRAINING, compute, batch_size=16)
-    measured = measure_coverage(residual, TRAINING, profiles, compute, batch_size=16)
+    profiles = record_profiles(residual, TRAINING, compute)
+    measured = measure_coverage(residual, TRAINING, profiles, compute)
     assert measured["nbc_percent"] == measured["snac_percent"] == 0
     assert measured["kmnc_percent"] > 0
 
@@ -139,7 +148,7 @@ def test_a_resnet_has_its_layers_once_and_is_left_as_it_was(network, digits, com
     images = digits.test.select(torch.arange(16))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.train()
-    measured = measure_coverage(network, images, record_profiles(network, images, compute, 8), compute, 8)
+    measured = measure_coverage(network, images, record_profiles(network, images, compute), compute)
     names = [layer["name"] for layer in measured["layers"]]
     assert names[:3] == ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]
     assert "layer2.0.conv1" in names and "layer2.0.downsample.0" not in names
@@ -152,7 +161,7 @@ def test_a_resnet_has_its_layers_once_and_is_left_as_it_was(network, digits, com
 
 def test_a_lower_precision_of_the_network_is_not_that_of_the_measurement(residual):
     compute = choose_compute("cpu", "bfloat16")
-    profiles = record_profiles(residual, TRAINING, compute, batch_size=16)
+    profiles = record_profiles(residual, TRAINING, compute)
     assert list(profiles) == NAMES
     assert all(profile.low.dtype == torch.float64 for profile in profiles.values())
     means = profiles["second"].high
@@ -160,15 +169,15 @@ def test_a_lower_precision_of_the_network_is_not_that_of_the_measurement(residua
 
 
 def test_profiles_of_another_network_and_damaged_networks_are_refused(residual, compute):
-    profiles = record_profiles(residual, TRAINING, compute, batch_size=16)
+    profiles = record_profiles(residual, TRAINING, compute)
     other = copy.deepcopy(residual)
     other.last, other.classify = nn.Linear(residual.last.in_features, 30), nn.Linear(30, 4)
     with pytest.raises(UserError, match="profiles are of another network"):
-        measure_coverage(other, TEST, profiles, compute, batch_size=16)
+        measure_coverage(other, TEST, profiles, compute)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
     damaged = copy.deepcopy(residual)
     damaged.inner.weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match="not finite numbers"):
-        record_profiles(damaged, TRAINING, compute, batch_size=16)
+        record_profiles(damaged, TRAINING, compute)
     with pytest.raises(UserError, match="not finite numbers"):
-        measure_coverage(damaged, TEST, profiles, compute, batch_size=16)
+        measure_coverage(damaged, TEST, profiles, compute)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,8 @@ def pictures():
 
 def _recorded_shares(network, layer, pictures, compute):
     importance = WandaImportance()
-    return importance.scores(layer, record_statistics(network, pictures, compute, batch_size=10)[layer])
+    in_batches = replace(compute, inference_pixels=10 * 64)
+    return importance.scores(layer, record_statistics(network, pictures, in_batches)[layer])
 
 
 def test_wanda_on_a_linear_layer_is_the_published_one(pictures, compute):
@@ -114,7 +117,7 @@ def test_wanda_on_a_convolution_is_the_published_one_on_its_patches(padding_mode
 
 def test_frequency_is_that_of_dnn_tip(network, digits, compute):
     images = digits.test.select(torch.arange(20))
-    statistics = record_statistics(network, images, compute, batch_size=8)
+    statistics = record_statistics(network, images, compute)
     layer, seen = network.layer2[0].conv2, []
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].numpy()))
     with torch.inference_mode():
@@ -133,7 +136,7 @@ def test_a_layer_that_receives_nothing_scores_zero_everywhere():
 
 
 def _scores(network, importance, images, compute):
-    importance.statistics = record_statistics(network, images, compute, batch_size=64)
+    importance.statistics = record_statistics(network, images, compute)
     graph = tp.DependencyGraph().build_dependency(network, torch.zeros(1, 3, 16, 16))
     names = {module: name for name, module in network.named_modules()}
     return {names[group[0].dep.layer]: importance(group) for group in graph.get_all_groups([network.fc])}

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from cleanai.measure import compare, count_macs, count_parameters, size_mib, time_networks
+from cleanai.evaluation import Evaluation
+from cleanai.measure import compare, count_macs, count_parameters, size_mib
 from cleanai.models import resnet18_for_small_images
-from cleanai.training import Evaluation
 
 
 def test_costs_of_the_unpruned_network():
@@ -32,31 +32,6 @@ def test_frozen_parameters_are_not_trainable():
     layer = nn.Linear(4, 3)
     layer.bias.requires_grad_(False)
     assert count_parameters(layer) == {"parameters": 15, "trainable_parameters": 12}
-
-
-def test_networks_are_timed_in_turns(digits, compute):
-    class Recording(nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
-
-        def forward(self, inputs):
-            assert not self.training
-            assert torch.is_inference_mode_enabled()
-            calls.append((self.name, len(inputs)))
-            return inputs
-
-    calls = []
-    timed = time_networks({"a": Recording("a"), "b": Recording("b")}, digits.test, compute)
-    for name in ("a", "b"):
-        latency = timed[name]["latency_ms"]
-        assert latency["n"] == 200
-        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-        assert latency["mean"] > 0
-        assert timed[name]["throughput_images_per_s"] > 0
-    singles = [name for name, size in calls if size == 1]
-    assert singles[40:80] == ["a"] * 10 + ["b"] * 10 + ["a"] * 10 + ["b"] * 10  # after 20 calls of warm-up each
-    assert [name for name, size in calls if size == 128][:4] == ["a", "b", "a", "b"]
 
 
 def test_the_summary_is_made_of_what_was_measured(digits, compute):

@@ -1,5 +1,6 @@
 """Reconstruction against least squares in float64, for every kind of layer that reads channels."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ class TestEveryReader:
     def test_with_nothing_removed_nothing_moves(self, kind, pictures, compute):
         network, spread = _network(kind)
         layer = _layer(network[2])
-        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
         before = layer.weight.clone()
         reconstruct(layer, gram, torch.tensor([], dtype=torch.long), spread)
         assert torch.equal(layer.weight, before)
@@ -67,7 +68,7 @@ class TestEveryReader:
     def test_a_repeated_channel_is_taken_over_whole(self, kind, pictures, compute):
         network, spread = _network(kind, repeat=True)
         layer = _layer(network[2])
-        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
         inputs = next(pictures.batches(20))[0]
         gone, everywhere = _gone(layer)
         with torch.inference_mode():
@@ -86,7 +87,7 @@ class TestEveryReader:
         network, spread = _network(kind)
         layer = _layer(network[2])
         groups = getattr(layer, "groups", 1)
-        gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=16)[layer]
+        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
         with torch.inference_mode():
             values = network[1](network[0](next(pictures.batches(50))[0]))
             values = values.mean((2, 3), keepdim=True) if kind == "linear" else values
@@ -124,7 +125,7 @@ def test_the_error_told_is_the_error_left(kind, pictures, compute):
     else:
         network[2][-1].bias.data.zero_()
     layer = _layer(network[2])
-    gram = record_grams(network, {layer: spread}, pictures, compute, batch_size=50)[layer]
+    gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
     groups = getattr(layer, "groups", 1)
     order = torch.tensor([2, 0, 1])[:, None]
     told = output_errors(layer, gram, order, spread)
@@ -149,7 +150,7 @@ def test_the_gram_matrix_is_the_mean_of_products_however_the_images_are_split(pi
     rows = values.movedim(1, -1).flatten(0, 2)
     expected = torch.stack([half.T @ half / len(rows) for half in rows.chunk(2, dim=1)])
     for size in (1, 16, 50):
-        gram = record_grams(network, {layer: 1}, pictures, compute, size)[layer]
+        gram = record_grams(network, {layer: 1}, pictures, replace(compute, inference_pixels=size * 64))[layer]
         assert gram.shape == (2, 4, 4)  # one small matrix per group, whatever the number of images
         torch.testing.assert_close(gram, expected, rtol=1e-5, atol=1e-6)
 

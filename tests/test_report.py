@@ -6,7 +6,7 @@ from reportlab.pdfbase import pdfmetrics
 
 from cleanai.charts import BOLD, FONT
 from cleanai.report import pdf_report, write_report
-from tests.test_tables import COMPARISON
+from tests.test_tables import COMPARISON, EXPORT
 
 
 @pytest.fixture
@@ -63,6 +63,14 @@ def test_the_report_holds_what_a_reader_needs(record):
         "from ImageNet weights, 20 epochs, seed 0", "Seed",
     ):  # fmt: skip
         assert expected in text, expected
+
+
+def test_an_export_is_in_the_report(record):
+    pdf = pdf_report({**record, "export": EXPORT})
+    text = " ".join(_text(pdf).split())
+    for expected in ("ONNX Runtime, CPU (ms) 1.50 1.25 1.00", "8.1e-06", "ONNX Runtime 1.31.1", "Some CPU, 2 threads"):
+        assert expected in text
+    assert len(PdfReader(io.BytesIO(pdf)).pages) == 2
 
 
 def test_turkish_letters_survive(record):

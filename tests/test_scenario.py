@@ -28,6 +28,7 @@ def test_files_of_the_pruning_scripts(method, tag):
     assert files.pruned == folder / f"ResNet18_CIFAR10_pruned_{tag}.pth"
     assert files.epoch(10) == folder / f"ResNet18_CIFAR10_FTAP_{tag}_epoch10.pth"
     assert files.final == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final.pth"
+    assert files.exported == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final.onnx"
     assert files.report == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.pdf"
     assert files.record == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.json"
 
@@ -36,6 +37,7 @@ def test_starting_over_removes_only_what_the_script_made(tmp_path):
     first = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path)
     second = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Coverage")
     own = [second.pruned, second.epoch(5), second.epoch(10), second.final, second.resume, second.record, second.report]
+    own.append(second.exported)
     others = [first.pretrained, first.epoch(5), first.final, second.folder / "notes.txt"]
     for path in own + others:
         path.parent.mkdir(parents=True, exist_ok=True)

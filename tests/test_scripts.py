@@ -6,10 +6,10 @@ import time
 import pytest
 from pypdf import PdfReader
 
+from cleanai.evaluation import evaluate
 from cleanai.models import load_network
 from cleanai.significance import unpack
 from cleanai.tables import comparison_table, preparation_table
-from cleanai.training import evaluate
 from tests.conftest import copy_real_images, needs_real_images
 from tests.test_cli import SCRIPTS, fails, run, start
 
@@ -182,6 +182,31 @@ def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(dig
         assert new[key] == old[key]
     assert new["models"]["pruned"]["accuracy_percent"] == old["models"]["pruned"]["accuracy_percent"]
     assert (tmp_path / "TS1_Coverage_ResNet18_Digits" / "reports" / "TS1_Coverage_ResNet18_Digits.pdf").exists()
+
+
+def test_a_finished_run_is_exported_without_pruning_or_training(digits_run, tmp_path):
+    folder, _ = digits_run
+    shutil.copytree(folder / "TS1", tmp_path / "TS1")
+    shutil.copytree(folder / "TS1_Wanda_ResNet18_Digits", tmp_path / "TS1_Wanda_ResNet18_Digits")
+    options = [SCRIPTS[2], tmp_path, "--dataset", "Digits", "--epochs", "5", "--export", "onnx"]
+    result = prune(*options)
+    assert result.returncode == 0, result.stderr
+    assert "Step 1/" not in result.stdout
+    assert "Epoch 1/" not in result.stdout
+    path = tmp_path / "TS1_Wanda_ResNet18_Digits" / "ResNet18_Digits_FTAP_W_final.onnx"
+    assert path.stat().st_size < 36e6
+    old, new = _record(folder, "Wanda"), _record(tmp_path, "Wanda")
+    assert {key: value for key, value in new.items() if key != "export"} == old
+    assert comparison_table(new) in result.stdout
+    assert f"ONNX: {path} (" in result.stdout
+    assert f"largest difference from PyTorch's outputs {new['export']['largest_difference']:.1e}" in result.stdout
+    report = PdfReader(tmp_path / "TS1_Wanda_ResNet18_Digits" / "reports" / "TS1_Wanda_ResNet18_Digits.pdf")
+    text = "\n".join(page.extract_text() for page in report.pages)
+    assert f"{new['export']['latency_ms']['onnx_runtime']['fine_tuned']['mean']:.2f}" in text
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert comparison_table(new) in prune(*options).stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_console_without_unicode_is_no_obstacle(digits_run):

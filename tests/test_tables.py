@@ -54,6 +54,14 @@ COMPARISON = {
     },
     "dataset": {"name": "CIFAR10", "source": "image folder", "train_images": 50000, "test_images": 10000},
 }
+EXPORT = {
+    "file": "ResNet18_CIFAR10_FTAP_NC_final.onnx", "size_mib": 34.1, "opset": 20, "largest_difference": 8.1e-6,
+    "device": "Some CPU", "cpu_threads": 2, "onnxruntime": "1.31.1",
+    "latency_ms": {
+        "onnx_runtime": {"original": {"mean": 1.5}, "pruned": {"mean": 1.25}, "fine_tuned": {"mean": 1.0}},
+        "pytorch": {"original": {"mean": 3.0}, "pruned": {"mean": 2.5}, "fine_tuned": {"mean": 2.0}},
+    },
+}  # fmt: skip
 COMPARISON_TABLE = """\
 NEURON COVERAGE PRUNING - COMPREHENSIVE COMPARISON TABLE
 ====================================================================================================
@@ -104,6 +112,18 @@ def test_origin_names_source_and_held_out_images():
         "Channels were measured on 6,400 of the test images; held-out accuracy is that on the other 3,600",
         "Original network: from random weights, 1 epoch on 5,000 images, seed 3",
     ]
+
+
+def test_an_exported_network_is_timed_beside_pytorch():
+    record = copy.deepcopy(COMPARISON)
+    record["export"] = EXPORT
+    lines = comparison_table(record).splitlines()
+    added = [line for line in lines if line not in COMPARISON_TABLE.splitlines()]
+    assert added == [
+        "ONNX Runtime, CPU (ms)                  1.50                   1.25                   1.00",
+        "PyTorch, CPU, beside it (ms)            3.00                   2.50                   2.00",
+    ]
+    assert lines[lines.index(added[1]) + 1] == "-" * 100
 
 
 def test_the_stages_of_repair_that_were_measured_are_told():

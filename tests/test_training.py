@@ -6,9 +6,11 @@ import torch
 
 from cleanai import UserError
 from cleanai.checkpoints import load_checkpoint
+from cleanai.compute import choose_compute
+from cleanai.evaluation import evaluate
 from cleanai.models import load_network, resnet18_for_small_images
 from cleanai.scenario import Scenario
-from cleanai.training import evaluate, fine_tune, learning_rate
+from cleanai.training import fine_tune, learning_rate
 
 FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 6}}
 SETTINGS = {"epochs": 6, "batch_size": 16, "lr": 0.001, "seed": 0}
@@ -55,7 +57,7 @@ def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute)
 
 def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
     scenario = _scenario(tmp_path)
-    history = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    history, result = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6]
     assert set(history[0]) == {
         "epoch", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent", "learning_rate",
@@ -63,6 +65,7 @@ def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, co
     }  # fmt: skip
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert history[-1]["learning_rate"] == 0
+    assert result.accuracy_percent == history[-1]["test_accuracy_percent"]
     assert sorted(path.name for path in scenario.folder.iterdir()) == [
         "ResNet18_Digits_FT_epoch5.pth",
         "ResNet18_Digits_FT_final.pth",
@@ -75,12 +78,12 @@ def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, co
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start, few, compute, tmp_path, monkeypatch):
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, **SETTINGS)
+    expected, _ = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, **SETTINGS)
 
     scenario = _scenario(tmp_path / "parts")
     import cleanai.training
 
-    def interrupting(network, images, compute, title="", evaluate=evaluate):
+    def interrupting(network, images, compute, title):
         if title.startswith("Epoch 4"):
             raise KeyboardInterrupt
         return evaluate(network, images, compute, title)
@@ -92,7 +95,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start,
     assert load_checkpoint(scenario.resume)["epoch"] == 3
 
     again = resnet18_for_small_images(10)  # a new process begins with other weights
-    history = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
+    history, _ = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert [e["train_loss"] for e in history] == [e["train_loss"] for e in expected]
@@ -101,10 +104,13 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start,
 
 def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_path):
     scenario = _scenario(tmp_path)
-    first = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    first, result = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
     written = scenario.final.stat().st_mtime_ns
     again = resnet18_for_small_images(10)
-    assert fine_tune(again, few, compute, scenario, FACTS, **SETTINGS) == first
+    found, result_found = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
+    assert found == first
+    assert result_found.accuracy_percent == result.accuracy_percent
+    assert torch.equal(result_found.correct, result.correct)
     assert scenario.final.stat().st_mtime_ns == written
     assert torch.equal(again.fc.weight, start.fc.weight)
     with pytest.raises(UserError, match=r"was made with --epochs 6, and this run is with --epochs 7"):
@@ -113,6 +119,28 @@ def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_
 
 def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_path):
     start.fc.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"The loss is no longer a number in epoch 1: use a lower --lr than 0\.001"):
+    expected = r"no longer a number in epoch 1, step 1 of 3, at a learning rate of 0\.00025: use a lower --lr"
+    with pytest.raises(UserError, match=expected):
         fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **SETTINGS)
     assert not _scenario(tmp_path).final.exists()
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch before 2.3 scales gradients on CUDA alone")
+def test_float16_learns_with_scaled_gradients(start, few, tmp_path, compute):
+    compute = replace(compute, precision="float16")
+    assert compute.gradient_scaler().is_enabled()
+    few = few.with_train_samples(16, seed=0)  # a CPU is slow at it
+    history, _ = fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **{**SETTINGS, "epochs": 3})
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_learns_what_an_eager_one_does(start, few, tmp_path):
+    losses = []
+    for graphed in (False, True):
+        compute = choose_compute("cuda", "float32", cuda_graph=graphed)
+        network = compute.place(copy.deepcopy(start))
+        scenario = _scenario(tmp_path / str(graphed))
+        history, _ = fine_tune(network, few.to(compute.device), compute, scenario, FACTS, **SETTINGS)
+        losses.append([epoch["train_loss"] for epoch in history])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

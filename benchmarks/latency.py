@@ -1,0 +1,77 @@
+"""Are pruned networks faster, and which multiple should their widths have?
+
+Prunes the network that script 1 left by WANDA, in one step, to widths that are multiples of 1, 8, 16 and 32, at the
+same share of parameters and multiply-accumulates, and times all of them in turns with the original: one image, and
+batches of 128, in float32 and in bfloat16. Two more copies of the original tell how far equal networks seem to differ.
+
+    python benchmarks/latency.py
+"""
+from __future__ import annotations
+
+import copy
+import json
+
+import torch
+
+from cleanai import cli
+from cleanai.checkpoints import load_checkpoint, write_bytes
+from cleanai.compute import choose_compute
+from cleanai.importance import WandaImportance
+from cleanai.latency import time_networks
+from cleanai.models import network_from
+from cleanai.pruning import prune_to_budget
+from cleanai.records import describe_environment
+from cleanai.scenario import PROJECT, Scenario
+from cleanai.sources import load_images
+
+MULTIPLES = (1, 8, 16, 32)
+COPIES = ("original", "original again", "and again")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    args = cli.parse(__doc__, dataset="CIFAR10", ratio=0.2, macs_ratio="same", calibration_batches=4)
+    scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
+    scenario.require_fine_tuned("TS1_01_prepare_model.py")
+    compute = choose_compute(args.device, "auto")
+    print(compute.description)
+    original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
+    images = load_images(args.dataset, args.data_dir).to(compute.device)
+    pictures, _ = images.calibration_split(args.calibration_batches * 128, seed=0)
+
+    networks = {name: copy.deepcopy(original) for name in COPIES}
+    removed = {}
+    for multiple in MULTIPLES:
+        name = f"multiples of {multiple}"
+        networks[name] = copy.deepcopy(original)
+        pruning, _ = prune_to_budget(
+            networks[name], WandaImportance(), pictures, pictures, compute, args.ratio, args.macs_ratio,
+            steps=1, batch_size=128, round_to=multiple, repair="none",
+        )  # fmt: skip
+        removed[name] = {key: value for key, value in pruning["steps"][-1].items() if "removed" in key}
+
+    result = {"environment": describe_environment(compute), "removed": removed, "precisions": {}}
+    for precision, dtype in PRECISIONS.items():
+        placed = {name: compute.place(copy.deepcopy(network).to(dtype)) for name, network in networks.items()}
+        timed = time_networks(placed, images.test, compute, dtype)
+        first = timed["original"]
+        for one in timed.values():
+            one["speedup_batch_1"] = first["latency_ms"]["mean"] / one["latency_ms"]["mean"]
+            one["speedup_batch_128"] = one["throughput_images_per_s"] / first["throughput_images_per_s"]
+        result["precisions"][precision] = timed
+        print(f"\n{precision:<20}{'1 image, ms':>13}{'p90':>9}{'speedup':>10}{'images/s at 128':>18}{'speedup':>10}")
+        for name, one in timed.items():
+            latency = one["latency_ms"]
+            print(
+                f"{name:<20}{latency['mean']:>13.2f}{latency['p90']:>9.2f}{one['speedup_batch_1']:>9.2f}x"
+                f"{one['throughput_images_per_s']:>18,.0f}{one['speedup_batch_128']:>9.2f}x"
+            )
+            if "latency_cuda_graph_ms" in one:
+                print(f"{'  as a CUDA graph':<20}{one['latency_cuda_graph_ms']['mean']:>13.2f}")
+    path = PROJECT / "results" / "speed" / f"latency_{args.dataset}_{compute.device.type}.json"
+    write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

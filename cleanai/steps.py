@@ -1,0 +1,152 @@
+"""One training step: alone, recorded as a CUDA graph, or shared by several processes."""
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from cleanai import distributed
+from cleanai.compute import Compute
+from cleanai.data import ImageSet
+
+_EAGER_STEPS = 3  # before a CUDA graph is recorded: they choose algorithms and take memory
+
+
+class TrainingStep:
+    """Adam on one batch after the other; nothing is read from the device, so that it never waits.
+
+    Of every batch each process takes its share. A CUDA graph is recorded for one process and bfloat16 or float32.
+    """
+
+    def __init__(self, network: nn.Module, images: ImageSet, compute: Compute):
+        self._images, self._compute = images, compute
+        self._network = _shared(network, compute) if distributed.processes() > 1 else network
+        graphed = compute.cuda_graph and distributed.processes() == 1 and compute.precision != "float16"
+        self._stream = torch.cuda.Stream(compute.device) if graphed else None
+        self._graph: Any = None
+        self._eager_steps = 0
+        # A recorded step reads its learning rate from the device.
+        lr = torch.zeros((), device=compute.device) if graphed else 0.0
+        self._settings = {"lr": lr, "fused": compute.device.type == "cuda", "capturable": graphed}
+        self._optimizer = torch.optim.Adam(network.parameters(), **self._settings)
+        self._scaler = compute.gradient_scaler()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted training goes on from, beside the network."""
+        optimizer = self._optimizer.state_dict()
+        groups = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
+        return {"optimizer": {**optimizer, "param_groups": groups}, "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state, which may have been left on another device."""
+        optimizer = state["optimizer"]
+        groups = [{**group, **self._settings} for group in optimizer["param_groups"]]
+        self._optimizer.load_state_dict({**optimizer, "param_groups": groups})
+        self._settings["lr"] = self._optimizer.param_groups[0]["lr"]
+        self._scaler.load_state_dict(state["scaler"])
+
+    def __call__(self, indices: torch.Tensor, moves: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Learn from the images at `indices` (B,), moved by `moves` (B, 3), at a learning rate.
+
+        Returns the mean loss and the share recognised before the step, of this process's images: tensors that the next
+        step may overwrite.
+        """
+        for group in self._optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        share = len(indices) // distributed.processes()
+        mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+        if self._stream is None:
+            return self._learn(indices[mine], moves[mine])
+        return self._learn_graphed(indices[mine], moves[mine])
+
+    def _learn(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = self._images.augmented_batch(indices, moves)
+        with self._compute.autocast():
+            outputs = self._network(inputs)
+            loss = F.cross_entropy(outputs, labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss.detach(), (outputs.argmax(1) == labels).float().mean()
+
+    def _learn_graphed(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._graph is None and self._eager_steps < _EAGER_STEPS:
+            self._eager_steps += 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                learned = self._learn(indices, moves)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return learned
+        if self._graph is None:  # recording computes nothing: the first replay is the step itself
+            self._inputs = indices.clone(), moves.clone()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._learned = self._learn(*self._inputs)
+        for held, new in zip(self._inputs, (indices, moves)):
+            held.copy_(new)
+        self._graph.replay()
+        return self._learned
+
+
+def _shared(network: nn.Module, compute: Compute) -> nn.Module:
+    """A form of the network that trains the very same tensors in several processes as if they were one."""
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, tensors)
+    if compute.device.type == "cuda":
+        twin = nn.SyncBatchNorm.convert_sync_batchnorm(twin)
+    else:
+        for module in twin.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = _SyncBatchNorm  # torch's own is for GPUs alone
+    parallel = nn.parallel.DistributedDataParallel
+    # Its buffers agree by themselves; the newest PyTorch calls this option by another name.
+    renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
+    return parallel(twin.train(), **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+
+
+class _SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, C, H, W) by the statistics of all processes' batches together."""
+        if not self.training:
+            return super().forward(inputs)
+        over, count = (0, 2, 3), inputs[:, 0].numel() * distributed.processes()
+        with torch.autocast(inputs.device.type, enabled=False):
+            values = inputs.float()
+            mean = _SumOverProcesses.apply(values.sum(over)) / count
+            centred = values - mean[:, None, None]
+            variance = _SumOverProcesses.apply(centred.square().sum(over)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+                self.num_batches_tracked.add_(1)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(inputs.dtype)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum that every process gets, and whose gradient is the sum of what they all make of it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return _summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return _summed(gradient)
+
+
+def _summed(values: torch.Tensor) -> torch.Tensor:
+    total = values.clone().contiguous()
+    dist.all_reduce(total)
+    return total
