@@ -21,20 +21,22 @@ help:
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $@
 
-# The second round finds everything done, and prints the three tables and the paths of the reports together.
+# The second round finds everything done, and prints the tables and the paths of the reports together.
 demo: .venv/installed
 	$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE) --fresh
 	$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
 	$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
-	@echo; echo "The demo is done. The three tables once more, from what was recorded:"
+	@echo; echo "The demo is done. Its tables once more, from what was recorded, and the comparison:"
 	@$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE)
 	@$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE)
 	@$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE)
+	@$(RUN)/TS1_04_compare_methods.py --dataset Digits --checkpoints-dir checkpoints/demo
 
 run: .venv/installed
 	$(RUN)/TS1_01_prepare_model.py
 	$(RUN)/TS1_02_coverage_pruning.py
 	$(RUN)/TS1_03_wanda_pruning.py
+	$(RUN)/TS1_04_compare_methods.py
 
 test: .venv/installed-dev
 	$(PY) -m pytest

@@ -86,16 +86,40 @@ def _means(
     """
     sums: dict[nn.Module, tuple] = {}
 
-    def add(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        # Float32 whatever the network runs in, and over the batches float64.
-        with torch.autocast(args[0].device.type, enabled=False):
-            values = args[0].float()
-            (total, count), (more, number) = sums.get(layer, (0, 0)), measure(layer, values)
-            sums[layer] = (total + more.double(), count + number)
+    def add(layer: nn.Module, values: torch.Tensor) -> None:
+        (total, count), (more, number) = sums.get(layer, (0, 0)), measure(layer, values)
+        sums[layer] = (total + more.double(), count + number)  # float64 over the batches
+
+    observe(network, layers, add, images, compute, title)
+    if not all(total.isfinite().all() for total, _ in sums.values()):
+        raise not_finite()
+    return {layer: total / count for layer, (total, count) in sums.items()}
+
+
+def observe(
+    network: nn.Module,
+    layers: Iterable[nn.Module],
+    see: Callable[[nn.Module, torch.Tensor], None],
+    images: ImageSet,
+    compute: Compute,
+    title: str,
+    output: bool = False,
+) -> None:
+    """Run `images` through `network` and call `see` with each of `layers` and what it received, batch by batch.
+
+    With `output` it is called with the network and what that puts out, too. Values are float32, and so is what is
+    computed of them, whatever the network runs in. It runs in evaluation mode and is left as it was: mode, hooks.
+    """
+
+    def show(module: nn.Module, values: torch.Tensor) -> None:
+        with torch.autocast(values.device.type, enabled=False):
+            see(module, values.float())
 
     was_training = network.training
     network.eval()
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: show(layer, args[0])) for layer in layers]
+    if output:
+        hooks.append(network.register_forward_hook(lambda network, args, outputs: show(network, outputs)))
     try:
         with torch.inference_mode():
             for inputs, _ in compute.batches(images, title):
@@ -105,6 +129,8 @@ def _means(
         for hook in hooks:
             hook.remove()
         network.train(was_training)
-    if not all(total.isfinite().all() for total, _ in sums.values()):
-        raise UserError("The network computes values that are not finite numbers: its weights are damaged")
-    return {layer: total / count for layer, (total, count) in sums.items()}
+
+
+def not_finite() -> UserError:
+    """The error for a network whose activations are no finite numbers."""
+    return UserError("The network computes values that are not finite numbers: its weights are damaged")

@@ -62,21 +62,62 @@ def accuracy_chart(record: Record) -> Drawing:
 
 def channels_chart(record: Record) -> Drawing:
     """The output channels of each layer before and after pruning."""
-    layers = [layer for layer in record["pruning"]["layers"] if layer["name"] != "fc"]
+    layers = record["pruning"]["layers"]
+    widths = {when: [layer[f"channels_{when.lower()}"] for layer in layers] for when in ("Before", "After")}
+    return widths_chart([layer["name"] for layer in layers], widths)
+
+
+def widths_chart(layers: list[str], widths: dict[str, list[int]]) -> Drawing:
+    """The output channels of each layer but the last, whose outputs are the classes, side by side."""
     drawing, chart = _canvas(VerticalBarChart(), height=78 * mm, title="Output channels", bottom=30 * mm)
-    chart.data = [[layer["channels_before"] for layer in layers], [layer["channels_after"] for layer in layers]]
-    chart.categoryAxis.categoryNames = [layer["name"] for layer in layers]
-    chart.categoryAxis.labels.angle, chart.categoryAxis.labels.boxAnchor = 60, "ne"
-    chart.categoryAxis.labels.dx, chart.categoryAxis.labels.dy = 3, -2
+    chart.data = [channels[:-1] for channels in widths.values()]
+    chart.categoryAxis.categoryNames = layers[:-1]
+    labels, crowded = chart.categoryAxis.labels, len(layers) > 30
+    labels.angle, labels.boxAnchor, labels.dx, labels.dy = (90, "e", 0, -6) if crowded else (60, "ne", 3, -2)
     chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data)
     chart.valueAxis.visibleGrid, chart.valueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
     chart.groupSpacing, chart.barSpacing = 4, 0
-    for number, color in enumerate((DARK, LIGHT)):
-        chart.bars[number].fillColor, chart.bars[number].strokeColor = color, None
+    colours = (DARK, LIGHT) if len(widths) == 2 else (colors.white, DARK, LIGHT)
+    for number, color in enumerate(colours):
+        chart.bars[number].fillColor = color
+        chart.bars[number].strokeColor, chart.bars[number].strokeWidth = GREY if color == colors.white else None, 0.4
     for axis in (chart.categoryAxis, chart.valueAxis):
         axis.labels.fontName, axis.labels.fontSize = FONT, 6.5
         axis.strokeColor = GREY
-    drawing.add(_legend([(DARK, "Before"), (LIGHT, "After")], drawing))
+    legend = _legend(list(zip(colours, widths)), drawing)
+    if len(widths) > 2:
+        legend.strokeColor, legend.strokeWidth = GREY, 0.4  # or the white would not be seen
+    drawing.add(legend)
+    return drawing
+
+
+def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
+    """Differences of accuracy with their intervals, one below the other: label, points, interval in points."""
+    left, line = 66 * mm, 7 * mm
+    drawing, chart = _canvas(LinePlot(), height=16 * mm + line * len(rows), title="")
+    chart.x, chart.width = left, drawing.width - left - 4 * mm
+    heights = [len(rows) - number - 0.5 for number in range(len(rows))]
+    intervals = [[(low, y), (high, y)] for (_, _, (low, high)), y in zip(rows, heights)]
+    points = [[(value, y)] for (_, value, _), y in zip(rows, heights)]
+    chart.data = [[(0, 0), (0, len(rows))], *intervals, *points]
+    for number in range(len(chart.data)):
+        chart.lines[number].strokeColor, chart.lines[number].strokeWidth = DARK, 1.5
+        if number > len(rows):
+            chart.lines[number].symbol = makeMarker("FilledDiamond", size=6, fillColor=DARK, strokeColor=DARK)
+    chart.lines[0].strokeColor, chart.lines[0].strokeWidth, chart.lines[0].strokeDashArray = GREY, 0.7, (4, 2)
+    reach = 1.15 * max(abs(bound) for _, _, interval in rows for bound in interval) or 1
+    chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = -reach, reach
+    chart.xValueAxis.labelTextFormat = "%+.1f"
+    chart.xValueAxis.labels.fontName, chart.xValueAxis.labels.fontSize = FONT, 7
+    chart.xValueAxis.strokeColor = GREY
+    chart.yValueAxis.valueMin, chart.yValueAxis.valueMax = 0, len(rows)
+    chart.yValueAxis.visible = False
+    for (label, _, _), y in zip(rows, heights):
+        height = chart.y + chart.height * y / len(rows) - 2
+        drawing.add(String(0, height, label, fontName=FONT, fontSize=7))
+    middle = chart.x + chart.width / 2
+    caption = "Difference in held-out accuracy with its 95% interval (percentage points)"
+    drawing.add(String(middle, 2, caption, fontName=FONT, fontSize=7, textAnchor="middle"))
     return drawing
 
 

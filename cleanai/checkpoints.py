@@ -67,14 +67,21 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 def find_record(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Read the record of a finished run, or None; UserError when that run had other settings."""
+    record = read_record(path)
+    if record:
+        _refuse_other_settings(path, record["config"], config)
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read the record of a finished run whatever its settings, or None if there is none."""
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        made_with = record["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        record["config"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: delete it, and run again to measure anew") from error
-    _refuse_other_settings(path, made_with, config)
     return record
 
 

@@ -110,7 +110,12 @@ _COMMON: dict[str, dict[str, Any]] = {
     },
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
-_ONLY_WITH = {"models_dir": "weights", "export": "ratio"}  # options of the scripts that have another one
+# Options of the scripts that have another one.
+_ONLY_WITH = {
+    "models_dir": "weights",
+    "export": "ratio",
+    **dict.fromkeys(("device", "cuda_graph", "data_dir", "fresh"), "epochs"),
+}
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 

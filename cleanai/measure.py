@@ -13,6 +13,7 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation
 from cleanai.latency import time_networks
+from cleanai.significance import pack
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
@@ -43,9 +44,10 @@ def compare(
     images: ImageSet,
     compute: Compute,
 ) -> dict[str, Any]:
-    """The `models` and `summary` of a record, for the networks original, pruned and fine_tuned.
+    """The `models`, `heldout_bits` and `summary` of a record, for the networks original, pruned and fine_tuned.
 
-    `evaluations` are theirs on `images`; `heldout` holds the indices of those that no channel was measured on.
+    `evaluations` are theirs on `images`; `heldout` holds the indices of those that no channel was measured on. The bits
+    say of each image, in order, whether a network recognised it, and whether it was held out (`significance.unpack`).
     """
     example = next(images.batches(1))[0]
     speed = time_networks(networks, images, compute)
@@ -58,9 +60,12 @@ def compare(
             "parameters": count_parameters(network)["parameters"],
             "macs": count_macs(network, example),
             **speed[name],
+            "correct_bits": pack(evaluations[name].correct),
         }
         for name, network in networks.items()
     }
+    is_heldout = torch.zeros(len(images), dtype=torch.bool)
+    is_heldout[heldout] = True
     original, pruned, final = models["original"], models["pruned"], models["fine_tuned"]
 
     def reduction_percent(key: str) -> float:
@@ -68,6 +73,7 @@ def compare(
 
     return {
         "models": models,
+        "heldout_bits": pack(is_heldout),
         "summary": {
             "parameter_reduction_percent": reduction_percent("parameters"),
             "macs_reduction_percent": reduction_percent("macs"),

@@ -1,20 +1,74 @@
-"""Networks: ResNet-18 from torchvision, adapted to small images, and pruned networks rebuilt from their weights."""
+"""Networks: ResNet-18 adapted to small images, torchvision's others, and pruned networks rebuilt from their weights."""
 from __future__ import annotations
 
 import http.client
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import nn
-from torchvision.models import ResNet, ResNet18_Weights, resnet18
+from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
 from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
 from cleanai.distributed import first_before_others
 
-WEIGHTS_URL = ResNet18_Weights.IMAGENET1K_V1.url  # its file name ends in the first digits of its SHA-256
+
+def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
+    """The network that a scenario calls `model`, with `classes` outputs.
+
+    "ResNet18" is `resnet18_for_small_images`; any other is torchvision's classification network of that name, as it is;
+    capitals do not count, nor underscores but between digits: "MobileNetV2" is mobilenet_v2. `weights` is a file of its
+    ImageNet weights, with which all layers begin but the last; without it everything begins at random.
+    Raises UserError when there is no such network, or the file is not such weights.
+    """
+    name = _torchvision_name(model)
+    if name == "resnet18":
+        return resnet18_for_small_images(classes, weights)
+    without_extra_outputs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network = torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
+    if weights is not None:
+        _begin_with(network, weights, model)
+    return network
+
+
+def imagenet_url(model: str) -> str:
+    """Where torchvision's ImageNet weights of the network that a scenario calls `model` are."""
+    return torchvision.models.get_model_weights(_torchvision_name(model)).DEFAULT.url
+
+
+def _torchvision_name(model: str) -> str:
+    # regnet_y_1_6gf and regnet_y_16gf are not the same: underscores between digits stay.
+    names = {_short(name): name for name in torchvision.models.list_models(module=torchvision.models)}
+    try:
+        return names[_short(model)]
+    except KeyError as error:
+        raise UserError(
+            f"There is no network called {model}: MODEL in the script is ResNet18, or another of torchvision's, "
+            "such as MobileNetV2"
+        ) from error
+
+
+def _short(name: str) -> str:
+    return re.sub(r"(?<!\d)_|_(?!\d)", "", name.lower())
+
+
+def _begin_with(network: nn.Module, weights: Path, model: str) -> None:
+    """Load all weights that fit; UserError unless these are all but those of the last layer."""
+    own = network.state_dict()
+    last = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
+    try:
+        given = torch.load(weights, map_location="cpu", weights_only=True)
+        fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
+        lacking = {name.rsplit(".", 1)[0] for name in own if name not in fitting and "num_batches" not in name}
+        if lacking - {last}:
+            raise ValueError(f"no weights for {len(lacking)} layers")
+        network.load_state_dict(fitting, strict=False)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{weights} holds no ImageNet weights of {model}: delete it and run again") from error
 
 
 def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResNet:
@@ -42,14 +96,13 @@ def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResN
 
 
 @first_before_others()
-def download_imagenet_weights(models_dir: Path, url: str | None = None) -> Path:
-    """The file of ResNet-18's ImageNet weights in `models_dir`, downloaded when missing, its checksum verified.
+def download_imagenet_weights(models_dir: Path, url: str) -> Path:
+    """The file of ImageNet weights from `url` in `models_dir`, downloaded when missing, its checksum verified.
 
     Raises UserError when it cannot be downloaded, or when the file there is not the published one.
     """
-    url = url or WEIGHTS_URL
     path = models_dir / url.rsplit("/", 1)[-1]
-    checksum = path.stem.rsplit("-", 1)[-1]
+    checksum = path.stem.rsplit("-", 1)[-1]  # the name ends in the first digits of the SHA-256
     if not path.exists():
         models_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,12 +140,13 @@ def load_network(path: Path) -> nn.Module:
 
 def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     """The network in a checkpoint that was read from `path` already; UserError when its weights do not fit."""
-    network = resnet18_for_small_images(len(checkpoint["classes"]))
+    network = build(checkpoint["model"], len(checkpoint["classes"]))
     try:
         give_shapes(network, checkpoint["state_dict"])
         network.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, KeyError, IndexError) as error:
-        raise UserError(f"{path} does not hold a ResNet-18: delete it, or start over with --fresh") from error
+        model = checkpoint["model"]
+        raise UserError(f"{path} does not hold a {model}: delete it, or start over with --fresh") from error
     return network.eval()
 
 

@@ -69,12 +69,13 @@ class Scenario:
         """Raise UserError when the preparing script has not left its network yet, or could not for want of images."""
         if not self.fine_tuned.exists():
             require_known_dataset(self.dataset, data_dir)
-            dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
-            folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
-            raise UserError(
-                f"Fine-tuned model not found: {self.fine_tuned}. "
-                f"Run first: python test_scenarios/{script}{dataset}{folder}"
-            )
+            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.command(script)}")
+
+    def command(self, script: str) -> str:
+        """The command that runs another script of this scenario on the same dataset and folder."""
+        dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
+        folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
+        return f"python test_scenarios/{script}{dataset}{folder}"
 
     @property
     def pruned(self) -> Path:
@@ -109,6 +110,11 @@ class Scenario:
     def report(self) -> Path:
         """The PDF made from the record."""
         return self.folder / "reports" / f"{self.name}.pdf"
+
+    @property
+    def table(self) -> Path:
+        """The table of a comparison, as CSV."""
+        return self.report.with_suffix(".csv")
 
     def remove_outputs(self) -> None:
         """Delete what an earlier run of this script left, for starting over."""

@@ -52,7 +52,7 @@ def prepare(args, scenario):
     from cleanai.distributed import end_all_but_first
     from cleanai.evaluation import evaluate
     from cleanai.measure import count_parameters
-    from cleanai.models import download_imagenet_weights, resnet18_for_small_images, save_network
+    from cleanai.models import build, download_imagenet_weights, imagenet_url, save_network
     from cleanai.records import checkpoint_facts, describe_run
     from cleanai.sources import load_images
     from cleanai.training import fine_tune
@@ -61,14 +61,14 @@ def prepare(args, scenario):
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
-    weights = download_imagenet_weights(args.models_dir) if args.weights == "imagenet" else None
+    weights = download_imagenet_weights(args.models_dir, imagenet_url(MODEL)) if args.weights == "imagenet" else None
     if args.fresh:
         scenario.remove_outputs()
 
     facts = checkpoint_facts(scenario, images, compute, args.config)
     find_checkpoint(scenario.pretrained, facts["config"])  # an interrupted run with other settings is refused here
     torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
-    network = compute.place(resnet18_for_small_images(len(images.classes), weights))
+    network = compute.place(build(MODEL, len(images.classes), weights))
     save_network(scenario.pretrained, network, facts)
 
     before = evaluate(network, images.test, compute)

@@ -121,5 +121,5 @@ def test_subnormal_weights_are_saved_as_zeros(tmp_path, network):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     path = tmp_path / "n.pth"
     save_checkpoint(path, {**FACTS, "state_dict": {"conv1.weight": torch.zeros(1)}})
-    with pytest.raises(UserError, match="does not hold a ResNet-18"):
+    with pytest.raises(UserError, match="does not hold a ResNet18"):
         load_network(path)

@@ -3,10 +3,10 @@ import io
 
 import pytest
 import torch
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v2, resnet18
 
 from cleanai import UserError
-from cleanai.models import download_imagenet_weights, give_shapes, resnet18_for_small_images
+from cleanai.models import build, download_imagenet_weights, give_shapes, imagenet_url, resnet18_for_small_images
 from tests.servers import serving
 
 
@@ -91,3 +91,30 @@ def test_layers_take_the_shapes_of_the_weights():
     assert torch.equal(rebuilt.eval()(inputs), narrow.eval()(inputs))
     assert (rebuilt.layer1[0].conv1.out_channels, rebuilt.layer1[0].conv2.in_channels) == (24, 24)
     assert rebuilt.layer1[0].bn1.num_features == 24
+
+
+def test_other_networks_are_those_of_torchvision(tmp_path):
+    network = build("MobileNetV2", 3)
+    assert network.state_dict().keys() == mobilenet_v2().state_dict().keys()
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert type(build("ResNet18", 3).maxpool) is torch.nn.Identity
+    assert build("SqueezeNet1_1", 3).num_classes == 3
+    assert imagenet_url("ResNet18").endswith("/resnet18-f37072fd.pth")
+    assert "/regnet_y_1_6gf-" in imagenet_url("RegNetY1_6GF") and "/regnet_y_16gf-" in imagenet_url("RegNetY16GF")
+    with pytest.raises(UserError, match="There is no network called MobileNet9"):
+        build("MobileNet9", 3)
+
+
+def test_other_networks_begin_with_all_weights_but_the_last_layers(tmp_path):
+    torch.manual_seed(3)
+    published = mobilenet_v2()
+    torch.save(published.state_dict(), tmp_path / "w.pth")
+    network = build("MobileNetV2", 3, tmp_path / "w.pth")
+    expected, loaded = published.state_dict(), network.state_dict()
+    same = [name for name in loaded if loaded[name].shape == expected[name].shape]
+    assert set(loaded) - set(same) == {"classifier.1.weight", "classifier.1.bias"}
+    assert all(torch.equal(loaded[name], expected[name]) for name in same)
+    for wrong in (resnet18().state_dict(), [1], {**expected, "features.0.0.weight": torch.zeros(2)}):
+        torch.save(wrong, tmp_path / "w.pth")
+        with pytest.raises(UserError, match=r"w\.pth holds no ImageNet weights of MobileNetV2"):
+            build("MobileNetV2", 3, tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""The three scripts as a user runs them, on a few images: what they print, and what they leave."""
+"""The scripts as a user runs them, on a few images: what they print, and what they leave."""
 import json
 import shutil
 import time
@@ -6,7 +6,9 @@ import time
 import pytest
 from pypdf import PdfReader
 
+from cleanai.evaluation import evaluate
 from cleanai.models import load_network
+from cleanai.significance import unpack
 from cleanai.tables import comparison_table, preparation_table
 from tests.conftest import copy_real_images, needs_real_images
 from tests.test_cli import SCRIPTS, fails, run, start
@@ -99,6 +101,36 @@ def test_the_record_agrees_with_the_networks(digits_run, method, tag):
     assert record["dataset"]["calibration_images"] == 32
     assert record["prepared_with"]["weights"] == "none"
     assert len(record["history"]) == 5
+
+
+def test_the_record_says_which_images_each_network_gets_right(digits_run, digits, compute):
+    folder, _ = digits_run
+    record = _record(folder, "Wanda")
+    heldout = unpack(record["heldout_bits"], 360)
+    assert heldout.sum() == 360 - 32
+    for stage, name in (("pruned", "pruned_W"), ("fine_tuned", "FTAP_W_final")):
+        network = load_network(folder / "TS1_Wanda_ResNet18_Digits" / f"ResNet18_Digits_{name}.pth")
+        correct = unpack(record["models"][stage]["correct_bits"], 360)
+        assert 100 * correct.mean() == pytest.approx(record["models"][stage]["accuracy_percent"])
+        assert 100 * correct[heldout].mean() == pytest.approx(record["models"][stage]["accuracy_heldout_percent"])
+        agreeing = evaluate(network, digits.test, compute).correct.numpy() == correct
+        assert agreeing.mean() > 0.98  # the script may have computed in bfloat16
+
+
+def test_the_methods_are_compared_without_measuring_again(digits_run, tmp_path):
+    folder, _ = digits_run
+    for path in folder.rglob("*.json"):  # the records alone
+        copy = tmp_path / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    result = run("TS1_04_compare_methods.py", "--dataset", "Digits", "--checkpoints-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "on the 328 held-out test images" in " ".join(result.stdout.split())
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("After Pruning+FT: WANDA - Neuron Co")]
+    models = [_record(folder, method)["models"]["fine_tuned"] for method in ("Coverage", "Wanda")]
+    gain = models[1]["accuracy_heldout_percent"] - models[0]["accuracy_heldout_percent"]
+    assert f"{gain:+.2f}" in line
+    assert line.split()[-1] in ("yes", "no")
 
 
 def test_the_two_methods_choose_differently(digits_run):

@@ -1,0 +1,101 @@
+"""How a PDF of this project looks: its styles, tables and pages."""
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import reportlab
+from reportlab.lib import colors
+from reportlab.lib.enums import TA_RIGHT
+from reportlab.lib.pagesizes import A4
+from reportlab.lib.styles import ParagraphStyle
+from reportlab.pdfbase import pdfmetrics
+from reportlab.pdfbase.ttfonts import TTFont
+from reportlab.platypus import KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+
+from cleanai.charts import BOLD, DARK, FONT, GREY, MARGIN, PADDING, WIDTH
+
+for _name in (FONT, BOLD):  # every paragraph asks for its font when it is made
+    pdfmetrics.registerFont(TTFont(_name, str(Path(reportlab.__file__).parent / "fonts" / f"{_name}.ttf")))
+
+_TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
+_CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
+_NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
+_TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK)
+_HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
+
+
+def build_pdf(scenario: str, title: str, story: list[Any]) -> bytes:
+    """A PDF of `story` below its title, with the scenario's name and the page number at the foot of each page."""
+    file = io.BytesIO()
+    document = SimpleDocTemplate(
+        file,
+        pagesize=A4,
+        leftMargin=MARGIN,
+        rightMargin=MARGIN,
+        topMargin=MARGIN,
+        bottomMargin=MARGIN,
+        title=f"{scenario}: {title}",
+        author="CleanAI",
+    )
+
+    def draw_footer(canvas: Any, document: Any) -> None:
+        canvas.setFont(FONT, 7)
+        canvas.setFillColor(GREY)
+        canvas.drawString(MARGIN + PADDING, MARGIN / 2, scenario)
+        canvas.drawRightString(A4[0] - MARGIN - PADDING, MARGIN / 2, f"Page {document.page}")
+
+    document.build([Paragraph(title, _TITLE), *story], onFirstPage=draw_footer, onLaterPages=draw_footer)
+    return file.getvalue()
+
+
+def text(content: str) -> Paragraph:
+    """A paragraph of plain text."""
+    return Paragraph(_escaped(content), _TEXT)
+
+
+def section(heading: str, *content: Any) -> list[Any]:
+    """A heading and what belongs to it, on one page."""
+    return [KeepTogether([Paragraph(heading, _HEADING), Spacer(1, 4), *content])]
+
+
+def table(rows: list[list[str]], widths: list[float]) -> Table:
+    """A table whose first row is its heading; all columns but the first are numbers."""
+    rows = [[_escaped(cell) for cell in row] for row in rows]
+    rows[0] = [f"<font name='{BOLD}' color='white'>{cell}</font>" for cell in rows[0]]
+    cells = [[Paragraph(cell, _NUMBER if column else _CELL) for column, cell in enumerate(row)] for row in rows]
+    style = [
+        ("BACKGROUND", (0, 0), (-1, 0), DARK),
+        ("ROWBACKGROUNDS", (0, 1), (-1, -1), [colors.white, colors.HexColor("#f1f4f8")]),
+        ("LINEBELOW", (0, -1), (-1, -1), 0.6, DARK),
+        ("TOPPADDING", (0, 0), (-1, -1), 2),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 3),
+    ]
+    return Table(cells, colWidths=widths, style=TableStyle(style), repeatRows=1)
+
+
+def pairs(rows: list[tuple[str, str]], numbers: bool = False, abreast: int = 1) -> Table:
+    """A table of labels and values, `abreast` of them in a row, to be read downwards."""
+    height = -(-len(rows) // abreast)
+    rows = [*rows, *[("", "")] * (height * abreast - len(rows))]
+    cells = [
+        [
+            Paragraph(_escaped(text), style)
+            for label, value in rows[line::height]
+            for text, style in ((label, _CELL), (value, _NUMBER if numbers else _CELL))
+        ]
+        for line in range(height)
+    ]
+    style = [
+        ("VALIGN", (0, 0), (-1, -1), "TOP"),
+        ("LINEBELOW", (0, 0), (-1, -1), 0.25, colors.HexColor("#cccccc")),
+        ("TOPPADDING", (0, 0), (-1, -1), 1.5),
+        ("BOTTOMPADDING", (0, 0), (-1, -1), 2.5),
+    ]
+    widths = [WIDTH * 0.4 / abreast, WIDTH * (0.2 if numbers else 0.6) / abreast] * abreast
+    return Table(cells, colWidths=widths, style=TableStyle(style), hAlign="LEFT")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
