@@ -1,7 +1,8 @@
 """Files on disk: checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
 
-Every write is atomic: a reader sees the old file or the new one, never a part. Nothing but plain data is unpickled.
-PyTorch is imported where it is needed: printing the table of a finished run takes none of it.
+Every write is atomic: a reader sees the old file or the new one, never a part. What is read is checked before it is
+believed, and nothing but plain data is unpickled. PyTorch is imported where it is needed: printing the table of a
+finished run takes none of it.
 """
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
@@ -18,6 +18,8 @@ from cleanai import UserError
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
+# What the entries of a checkpoint are, of those that are there.
+_TYPES = {"config": dict, "state_dict": dict, "optimizer": dict, "pruning": dict, "classes": list, "history": list}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -28,24 +30,95 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, tensors on the CPU; UserError when it is damaged or not ours."""
+class _Content(dict):
+    """What a file holds; asking for what it lacks is a UserError that names the file."""
+
+    def __init__(self, path: Path, entries: Any) -> None:
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f'{self.path} lacks "{key}": delete it, and run the script again that made it')
+
+
+def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises UserError when a byte of it has changed, when it is not ours or of a newer version, when a number in it is
+    not finite, and when an entry is not as `expected` (for example model="ResNet18").
+    """
     import torch
 
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
     )
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip archive, whose directory is at the very end
-        raise damaged
     try:
+        archive_bytes = _verified_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
+            raise damaged
+        if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
+            raise damaged
+        finite = _all_finite(content, archive_bytes)
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:  # a pickle can make torch.load raise anything
         raise damaged from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise damaged
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
+    if not finite:
+        raise UserError(
+            f"{path} holds numbers that are not finite: delete it, and run the script again that made it, "
+            "with a lower --lr if that made them"
+        )
+    content = _Content(path, content)
+    for key, value in expected.items():
+        if content[key] != value:
+            raise UserError(
+                f"{path} is made for the {key} {content[key]}, and this run is for {value}: "
+                "put the right file there, or use another --checkpoints-dir"
+            )
     return content
+
+
+def _verified_size(path: Path) -> int:
+    """The bytes that a checkpoint's members take; ValueError unless the archive is whole and each checksum right.
+
+    torch.load compares no checksums, and would unpack whatever size a forged archive claims: torch.save compresses
+    nothing, so no member is larger than its file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or size > path.stat().st_size or archive.testzip() is not None:
+            raise ValueError(path)
+    return size
+
+
+def _all_finite(content: Any, limit: int) -> bool:
+    """Whether all numbers of all tensors in nested containers are finite; ValueError when they need over `limit` bytes.
+
+    A forged tensor can claim more memory than its file has bytes, and grow when it is copied.
+    """
+    import torch
+
+    waiting, seen, tensors = [content], set(), []
+    while waiting:
+        some = waiting.pop()
+        if id(some) in seen:  # a pickle may hold the same list a million times
+            continue
+        seen.add(id(some))
+        if isinstance(some, torch.Tensor):
+            tensors.append(some)
+        elif isinstance(some, dict):
+            waiting += some.values()
+        elif isinstance(some, (list, tuple)):
+            waiting += some
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    if max(sum(storages.values()), sum(tensor.numel() * tensor.element_size() for tensor in tensors)) > limit:
+        raise ValueError("tensors larger than their file")
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def find_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -67,9 +140,9 @@ def find_record(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        made_with = record["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda entries: _Content(path, entries))
+        made_with = dict(record["config"])
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: delete it, and run again to measure anew") from error
     _refuse_other_settings(path, made_with, config)
     return record
@@ -112,15 +185,33 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
+
+    A run that is killed leaves it; `Scenario.remove_unfinished` knows its name. UserError when it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # it may never have come to be
+                temporary.unlink()
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own where its file does not take what it is given.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(reason, OSError):
+            raise
+        raise cannot_write(path, reason) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What a script ends with when the disk is full, say, or the folder read-only."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: mend that and run the "
+        "same command to go on, or use another --checkpoints-dir"
+    )

@@ -32,6 +32,7 @@ _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
 _CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
 _NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
 _TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK)
+_WARNING = ParagraphStyle("warning", parent=_TEXT, fontName=BOLD, spaceBefore=5, textColor=colors.HexColor("#b00020"))
 _HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
 
 
@@ -59,6 +60,7 @@ def pdf_report(record: Record) -> bytes:
     story = [
         Paragraph(method, _TITLE),
         Paragraph(_escaped(_what_was_done(record)), _TEXT),
+        *(Paragraph(_escaped(f"Warning: {text}"), _WARNING) for text in record.get("warnings", [])),
         *_section("Result", _comparison(record)),
         *_section("Summary", _pairs(summary_rows(record), numbers=True)),
         *_section(

@@ -82,6 +82,8 @@ def fine_tune(
     finished = find_checkpoint(scenario.final, facts["config"])
     if finished:
         _load_into(network, finished, scenario.final)
+        if scenario.resume.exists():  # the earlier run was killed between its last two acts
+            scenario.resume.unlink()
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"]
 
@@ -89,8 +91,7 @@ def fine_tune(
     history: list[dict[str, float]] = []
     interrupted = find_checkpoint(scenario.resume, facts["config"])
     if interrupted:
-        _load_into(network, interrupted, scenario.resume)
-        optimizer.load_state_dict(interrupted["optimizer"])
+        _load_into(network, interrupted, scenario.resume, optimizer)
         for group in optimizer.param_groups:
             group["fused"] = optimizer.defaults["fused"]  # the interrupted run may have been on another device
         history = interrupted["history"]
@@ -144,10 +145,17 @@ def estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute,
     return (time.perf_counter() - started) / 2 * max(1, len(images.train) // batch_size)
 
 
-def _load_into(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+def _load_into(
+    network: nn.Module, checkpoint: dict[str, Any], path: Path, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     try:
         network.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in optimizer.state.items():
+                if not all(value.shape in ((), parameter.shape) for value in state.values()):
+                    raise ValueError("the optimizer's state is that of another network")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit the network it would go on from: start over with --fresh") from error
 
 

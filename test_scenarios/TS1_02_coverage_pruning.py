@@ -8,6 +8,7 @@ of it in five steps over all layers, fine-tunes it, and compares the three netwo
 """
 from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.locks import only_run
 from cleanai.report import write_report
 from cleanai.scenario import Scenario
 from cleanai.tables import comparison_table, origin_lines, repair_stages
@@ -59,9 +60,10 @@ def main():
         if not scenario.report.exists():
             write_report(scenario.report, record)
     else:
-        record = prune(args, scenario)
-        write_report(scenario.report, record)
-        write_record(scenario.record, record)  # last: it marks the run as finished
+        with only_run(scenario):
+            record = prune(args, scenario)
+            write_report(scenario.report, record)
+            write_record(scenario.record, record)  # last: it marks the run as finished
     print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
 
 
@@ -74,13 +76,13 @@ def prune(args, scenario):
     from cleanai.measure import compare
     from cleanai.models import network_from, save_network
     from cleanai.pruning import prune_to_budget, recalibrate
-    from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.records import checkpoint_facts, describe_run, find_warnings
     from cleanai.sources import load_images
     from cleanai.training import estimate_epoch_seconds, evaluate, fine_tune
 
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    prepared = load_checkpoint(scenario.fine_tuned)
+    prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
     images = load_images(args.dataset, args.data_dir)
     images.require_classes(prepared["classes"], scenario.fine_tuned)
@@ -132,12 +134,14 @@ def prune(args, scenario):
     evaluations["fine_tuned"] = evaluate(tuned, images.test, compute)
 
     networks = {"original": original, "pruned": pruned, "fine_tuned": tuned}
+    compared = compare(networks, evaluations, heldout, images.test, compute)
     return {
         **describe_run(scenario, images, compute, args.config, len(calibration)),
         "prepared_with": prepared["config"],
-        **compare(networks, evaluations, heldout, images.test, compute),
+        **compared,
         "pruning": pruning,
         "history": history,
+        "warnings": find_warnings(compared["models"], pruning["layers"], images),
     }
 
 

@@ -1,43 +1,12 @@
 """Options and errors of the scripts, run as commands."""
-import os
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
 
 from cleanai import cli
-from cleanai.scenario import PROJECT
-
-SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
-
-
-def start(script, *options, **environment):
-    """Start a script as a command."""
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "test_scenarios" / script), *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
-    )
-
-
-def run(script, *options, **environment):
-    """Run a script as a command to its end: its status, and what it printed."""
-    process = start(script, *options, **environment)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def fails(result, *expected):
-    """The command ended with one line that says all of `expected`, and no traceback."""
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for text in expected:
-        assert text in result.stderr
+from tests.scripts import SCRIPTS, fails, run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -111,8 +80,13 @@ def _ending(error, capsys):
     def main():
         raise error
 
-    with pytest.raises(SystemExit) as ending:
-        cli.run(main)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ending:
+            cli.run(main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     code = ending.value.code
     return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)
 
