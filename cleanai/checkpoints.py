@@ -10,11 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 from cleanai import UserError
+from cleanai.archives import all_finite, verified_size
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -53,16 +53,18 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
     )
     try:
-        archive_bytes = _verified_size(path)
+        archive_bytes = verified_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
             raise damaged
         if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
             raise damaged
-        finite = _all_finite(content, archive_bytes)
+        finite = all_finite(content, archive_bytes)
     except (OSError, MemoryError, UserError):
         raise
     except Exception as error:  # a pickle can make torch.load raise anything
+        if "allocate memory" in str(error):  # for no more than the file holds: that is no fault of the file
+            raise
         raise damaged from error
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
@@ -79,46 +81,6 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
                 "put the right file there, or use another --checkpoints-dir"
             )
     return content
-
-
-def _verified_size(path: Path) -> int:
-    """The bytes that a checkpoint's members take; ValueError unless the archive is whole and each checksum right.
-
-    torch.load compares no checksums, and would unpack whatever size a forged archive claims: torch.save compresses
-    nothing, so no member is larger than its file.
-    """
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        size = sum(member.file_size for member in members)
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or size > path.stat().st_size or archive.testzip() is not None:
-            raise ValueError(path)
-    return size
-
-
-def _all_finite(content: Any, limit: int) -> bool:
-    """Whether all numbers of all tensors in nested containers are finite; ValueError when they need over `limit` bytes.
-
-    A forged tensor can claim more memory than its file has bytes, and grow when it is copied.
-    """
-    import torch
-
-    waiting, seen, tensors = [content], set(), []
-    while waiting:
-        some = waiting.pop()
-        if id(some) in seen:  # a pickle may hold the same list a million times
-            continue
-        seen.add(id(some))
-        if isinstance(some, torch.Tensor):
-            tensors.append(some)
-        elif isinstance(some, dict):
-            waiting += some.values()
-        elif isinstance(some, (list, tuple)):
-            waiting += some
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    if max(sum(storages.values()), sum(tensor.numel() * tensor.element_size() for tensor in tensors)) > limit:
-        raise ValueError("tensors larger than their file")
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def find_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:

@@ -143,6 +143,7 @@ def parse(description: str, **defaults: Any) -> Options:
 
 _STOPPED = "\nInterrupted. The same command, without --fresh, goes on where it stopped."
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+_received: list[int] = []  # the signal that stopped the program
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -156,7 +157,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell: it stays ignored
             signal.signal(number, _stop)
     try:
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not _received:
+                raise
+            # What an interruption became on its way: torch.save, for one, raises a RuntimeError of its own then.
+            raise KeyboardInterrupt(_received[0]) from error
     except UserError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt as interruption:
@@ -166,8 +173,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(128 + (interruption.args or [signal.SIGINT])[0])
     except OSError as error:
         sys.exit(f"Error: {error}")
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        shortage = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(shortage, str(error)):
             raise
         sys.exit("Error: there is too little free memory: lower --batch-size, or use another --device")
     sys.exit(0)
@@ -176,6 +184,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _stop(number: int, _: Any) -> NoReturn:
     for each in _SIGNALS:
         signal.signal(each, _stop_at_once)
+    _received.append(number)
     raise KeyboardInterrupt(number)
 
 

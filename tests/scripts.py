@@ -9,7 +9,7 @@ SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wand
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
 
 
-def start(script, *options, **environment):
+def start(script, *options, preexec_fn=None, **environment):
     """Start a script as a command."""
     return subprocess.Popen(
         [sys.executable, str(PROJECT / "test_scenarios" / script), *map(str, options)],
@@ -17,6 +17,7 @@ def start(script, *options, **environment):
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
+        preexec_fn=preexec_fn,
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )
 
@@ -37,12 +38,17 @@ def fails(result, *expected):
         assert text in result.stderr
 
 
+def command_options(number, folder, *options):
+    """The options that run a script, by its index, on a few images."""
+    few = ["--weights", "none"] if number == 0 else ["--calibration-batches", "2", "--steps", "2"]
+    return [*few, *SMALL, "--checkpoints-dir", str(folder), *options]
+
+
 def prepare(folder, *options, **environment):
     """Run script 1 on a few images."""
-    return run(SCRIPTS[0], "--weights", "none", *SMALL, "--checkpoints-dir", folder, *options, **environment)
+    return run(SCRIPTS[0], *command_options(0, folder, *options), **environment)
 
 
 def prune(script, folder, *options, **environment):
     """Run script 2 or 3 on a few images."""
-    few = [*SMALL, "--calibration-batches", "2", "--steps", "2"]
-    return run(script, *few, "--checkpoints-dir", folder, *options, **environment)
+    return run(script, *command_options(SCRIPTS.index(script), folder, *options), **environment)

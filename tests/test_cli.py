@@ -40,6 +40,8 @@ def test_help_explains_every_option_with_its_default(script):
         (0, ["--weights", "imagenet22k"], "--weights"),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
         (0, ["--epoch", "3"], "--epoch 3"),
+        (0, ["--dataset", "C:\\images"], "--dataset: C:\\images is not a name of letters, digits, _ and -"),
+        (1, ["--dataset", "../CIFAR10"], "--dataset: ../CIFAR10 is not a name"),
     ],
 )
 def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
@@ -96,6 +98,7 @@ def _ending(error, capsys):
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
@@ -110,6 +113,11 @@ def test_an_interruption_says_how_to_go_on(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
     assert "The same command, without --fresh, goes on" in message
+
+
+def test_an_interruption_that_became_another_error_is_still_one(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_received", [15])
+    assert _ending(RuntimeError("unexpected pos 704 vs 598"), capsys)[0] == 143
 
 
 def test_an_error_of_ours_is_not_disguised(capsys):

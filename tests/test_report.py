@@ -65,6 +65,12 @@ def test_the_report_holds_what_a_reader_needs(record):
         assert expected in text, expected
 
 
+def test_warnings_stand_before_the_result(record):
+    assert "Warning" not in _text(pdf_report(record))
+    text = _text(pdf_report({**record, "warnings": ["The pruned network is at chance level: 9.5% < 10%"]}))
+    assert text.index("Warning: The pruned network is at chance level: 9.5% < 10%") < text.index("Result")
+
+
 def test_turkish_letters_survive(record):
     record["environment"]["device"] = "Çalışma İstasyonu ğüşıöç"
     assert "Çalışma İstasyonu ğüşıöç" in _text(pdf_report(record))
