@@ -20,19 +20,18 @@ EPOCHS = ["6", "5", "5"]  # as in the fixture digits_run
 FEWER_EPOCHS = ["3", "2", "2"]
 # What differs from run to run: times, and the checksum of a file that holds some.
 TIMES = {"seconds", "latency_ms", "throughput_images_per_s", "speedup", "fine_tuned_model"}
-# Starts a script that dies in the n-th call of a function of os: fsync, with a temporary file written and not yet in
-# place, or replace, just before it is.
+# Starts a script that dies in the n-th call of a function of os, or in the first whose first argument holds a text:
+# in fsync with a temporary file written and not yet in place, in replace just before it is.
 DYING = """
-import os, signal, sys
-name, left = sys.argv[1], int(sys.argv[2])
-call = getattr(os, name)
+import functools, os, signal, sys
+name, which = sys.argv[1:3]
+call, calls = getattr(os, name), []
 def dying(*args, **options):
-    global left
-    left -= 1
-    if left == 0:
+    calls.append(args)
+    if which == str(len(calls)) or (not which.isdigit() and which in str(args[0])):
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     return call(*args, **options)
-setattr(os, name, dying)
+setattr(os, name, functools.partial(dying))  # no function: Python 3.8 would make it a method of a class of pathlib
 import runpy
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -52,7 +51,7 @@ def _run(number, folder, epochs, *launcher):
 
 
 def _killed(number, folder, epochs, moment, wait_s):
-    """Run a script and kill it: `wait_s` after its start, or after a line it prints, or in the n-th call of a function.
+    """Run a script and kill it: `wait_s` after its start, or after a line it prints, or in a call (see DYING).
 
     False when it came to its end before.
     """
@@ -108,7 +107,7 @@ def test_killed_in_the_middle_of_each_kind_of_work(digits_run, tmp_path, capsys)
     shutil.copytree(reference / "TS1", tmp_path / "TS1")
     rng = random.Random(SEED)
     # Between two steps of pruning; a checkpoint whole but not in place; an epoch; the PDF.
-    moments = ["Step 1/2", ("fsync", 2), "Epoch 2/5", ("replace", 5)]
+    moments = ["Step 1/2", ("fsync", 2), "Epoch 2/5", ("replace", ".pdf.")]
     waits = [rng.uniform(0, 0.5) for _ in moments]
     for moment, wait_s in zip(moments, waits):
         assert _killed(1, tmp_path, EPOCHS, moment, wait_s), f"{moment}: the script ended first"
