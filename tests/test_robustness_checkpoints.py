@@ -45,13 +45,15 @@ structure = zipfile.ZipFile(path).start_dir
 refused = identical = 0
 for _ in range(count):
     kind = rng.choice(["cut", "any", "pickle", "directory"])
-    if kind == "cut":
-        content = whole[: rng.randrange(len(whole))]
-    else:
-        spans = {"any": (0, len(whole)), "pickle": (0, 20000), "directory": (structure, len(whole))}
-        place = rng.randrange(*spans[kind])
-        content = whole[:place] + bytes([whole[place] ^ rng.randrange(1, 256)]) + whole[place + 1 :]
-    damaged.write_bytes(content)
+    damaged.write_bytes(whole)
+    with damaged.open("r+b") as file:
+        spans = {"pickle": (0, 20000), "directory": (structure, len(whole))}
+        place = rng.randrange(*spans.get(kind, (0, len(whole))))
+        file.seek(place)
+        if kind == "cut":
+            file.truncate()
+        else:
+            file.write(bytes([whole[place] ^ rng.randrange(1, 256)]))
     try:
         assert same(load_checkpoint(damaged)), (kind, place)
         identical += 1
