@@ -6,7 +6,7 @@ DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
 DEMO_PRUNE := --epochs 2 --lr 0.0003
 
-.PHONY: help demo run test lint clean
+.PHONY: help demo run test test-long lint clean
 
 help:
 	@head -1 Makefile
@@ -40,6 +40,10 @@ run: .venv/installed
 
 test: .venv/installed-dev
 	$(PY) -m pytest
+
+# What takes minutes: kills at random moments, damaged files by the thousand. The counts are printed.
+test-long: .venv/installed-dev
+	$(PY) -m pytest -m long -s
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .

@@ -1,8 +1,8 @@
 """Files on disk: checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
 
-Every write is atomic: a reader sees the old file or the new one, never a part. Nothing but plain data is unpickled.
-Of several processes on one training the first alone writes and deletes.
-PyTorch is imported where it is needed: printing the table of a finished run takes none of it.
+Every write is atomic: a reader sees the old file or the new one, never a part. What is read is checked before it is
+believed, and nothing but plain data is unpickled. Of several processes on one training the first alone writes and
+deletes. PyTorch is imported where it is needed: printing the table of a finished run takes none of it.
 """
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator
 
 from cleanai import UserError, distributed
+from cleanai.archives import all_finite, verified_size
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
+# What the entries of a checkpoint are, of those that are there.
+_TYPES = {
+    **dict.fromkeys(("config", "state_dict", "training", "pruning", "evaluation"), dict),
+    **dict.fromkeys(("classes", "history"), list),
+}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -27,27 +31,60 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     if distributed.rank() > 0:
         return
-    with replacing(path) as file:
+    with _writing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, tensors on the CPU; UserError when it is damaged or not ours."""
+class _Content(dict):
+    """What a file holds; asking for what it lacks is a UserError that names the file."""
+
+    def __init__(self, path: Path, entries: Any) -> None:
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f'{self.path} lacks "{key}": delete it, and run the script again that made it')
+
+
+def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises UserError when a byte of it has changed, when it is not ours or of a newer version, when a number in it is
+    not finite, and when an entry is not as `expected` (for example model="ResNet18").
+    """
     import torch
 
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
     )
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip archive, whose directory is at the very end
-        raise damaged
     try:
+        archive_bytes = verified_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
+            raise damaged
+        if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
+            raise damaged
+        finite = all_finite(content, archive_bytes)
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:  # a pickle can make torch.load raise anything
+        if "allocate memory" in str(error):  # for no more than the file holds: that is no fault of the file
+            raise
         raise damaged from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise damaged
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
+    if not finite:
+        raise UserError(
+            f"{path} holds numbers that are not finite: delete it, and run the script again that made it, "
+            "with a lower --lr if that made them"
+        )
+    content = _Content(path, content)
+    for key, value in expected.items():
+        if content[key] != value:
+            raise UserError(
+                f"{path} is made for the {key} {content[key]}, and this run is for {value}: "
+                "put the right file there, or use another --checkpoints-dir"
+            )
     return content
 
 
@@ -78,9 +115,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda entries: _Content(path, entries))
         record["config"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: delete it, and run again to measure anew") from error
     return record
 
@@ -98,7 +135,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file atomically."""
     if distributed.rank() > 0:
         return
-    with replacing(path) as file:
+    with _writing(path) as file:
         file.write(content)
 
 
@@ -131,9 +168,12 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
+
+    A run that is killed leaves it; `Scenario.remove_unfinished` knows its name.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -141,4 +181,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        remove_file(temporary)
+        with contextlib.suppress(OSError):  # it may never have come to be
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """The same, with a UserError when the file cannot be written."""
+    try:
+        with replacing(path) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own where its file does not take what it is given.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(reason, OSError):
+            raise
+        raise cannot_write(path, reason) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What a script ends with when the disk is full, say, or the folder read-only."""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: mend that and run the "
+        "same command to go on, or use another --checkpoints-dir"
+    )

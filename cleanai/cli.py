@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable, NoReturn
@@ -54,9 +55,19 @@ def _share(word: str) -> Callable[[str], float | str | None]:
     return parse
 
 
+def _dataset(text: str) -> str:
+    # It becomes part of file names: nothing that Windows or a path has another use for.
+    if not re.fullmatch(r"[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a name of letters, digits, _ and -")
+    return text
+
+
 # What decides the results; an earlier run's files are taken up only when all of these were the same.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "dataset": {"help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir"},
+    "dataset": {
+        "type": _dataset,
+        "help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir",
+    },
     "weights": {"choices": ("imagenet", "none"), "help": "what training starts from: ImageNet weights, or random ones"},
     "epochs": {"type": _whole(1), "help": "epochs of fine-tuning"},
     "batch_size": {
@@ -159,23 +170,57 @@ def _require_export_packages() -> None:
         )
 
 
+_STOPPED = "\nInterrupted. The same command, without --fresh, goes on where it stopped."
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+_received: list[int] = []  # the signal that stopped the program
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1."""
+    """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1.
+
+    Ctrl-C and SIGTERM end it with one line, and status 130 and 143.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that cannot print a character prints ? instead of failing
     if distributed.rank() > 0:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell: it stays ignored
+            signal.signal(number, _stop)
     try:
-        main()
+        try:
+            main()
+        except Exception as error:
+            if not _received:
+                raise
+            # What an interruption became on its way: torch.save, for one, raises a RuntimeError of its own then.
+            raise KeyboardInterrupt(_received[0]) from error
     except UserError as error:
         sys.exit(f"Error: {error}" if distributed.rank() == 0 else 1)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command, without --fresh, goes on where it stopped.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second one has nothing more to stop
+        if distributed.rank() == 0:
+            print(_STOPPED, file=sys.stderr)
+        sys.exit(128 + (interruption.args or [signal.SIGINT])[0])
     except OSError as error:
         sys.exit(f"Error: {error}")
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        shortage = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not re.search(shortage, str(error)):
             raise
         sys.exit("Error: there is too little free memory: lower --batch-size, or use another --device")
     sys.exit(0)
+
+
+def _stop(number: int, _: Any) -> NoReturn:
+    for each in _SIGNALS:
+        signal.signal(each, _stop_at_once)
+    _received.append(number)
+    raise KeyboardInterrupt(number)
+
+
+def _stop_at_once(number: int, _: Any) -> NoReturn:
+    # Where the first one was swallowed, as in a destructor, or is still being cleaned up after; the next run does that.
+    os.write(2, f"{_STOPPED}\n".encode())
+    os._exit(128 + number)

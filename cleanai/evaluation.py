@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cleanai import UserError
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
@@ -18,6 +21,14 @@ class Evaluation:
     accuracy_percent: float
     loss: float
     correct: torch.Tensor
+
+    @staticmethod
+    def stored_in(checkpoint: dict[str, Any], path: Path) -> Evaluation:
+        """The evaluation of the network in a checkpoint that was read from `path`; UserError when it is none."""
+        try:
+            return Evaluation(**checkpoint["evaluation"])
+        except TypeError as error:
+            raise UserError(f"{path} is damaged: delete it, and run the script again that made it") from error
 
 
 def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:

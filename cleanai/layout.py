@@ -23,6 +23,7 @@ _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
 _CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
 _NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
 _TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK)
+_WARNING = ParagraphStyle("warning", parent=_TEXT, fontName=BOLD, spaceBefore=5, textColor=colors.HexColor("#b00020"))
 _HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
 
 
@@ -53,6 +54,11 @@ def build_pdf(scenario: str, title: str, story: list[Any]) -> bytes:
 def text(content: str) -> Paragraph:
     """A paragraph of plain text."""
     return Paragraph(_escaped(content), _TEXT)
+
+
+def warning(content: str) -> Paragraph:
+    """A paragraph that nobody overlooks."""
+    return Paragraph(_escaped(f"Warning: {content}"), _WARNING)
 
 
 def section(heading: str, *content: Any) -> list[Any]:

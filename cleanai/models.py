@@ -140,14 +140,19 @@ def load_network(path: Path) -> nn.Module:
 
 def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     """The network in a checkpoint that was read from `path` already; UserError when its weights do not fit."""
-    network = build(checkpoint["model"], len(checkpoint["classes"]))
+    model, classes = checkpoint["model"], len(checkpoint["classes"])
+    network = build(model, classes).eval()
     try:
         give_shapes(network, checkpoint["state_dict"])
         network.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, KeyError, IndexError) as error:
-        model = checkpoint["model"]
-        raise UserError(f"{path} does not hold a {model}: delete it, or start over with --fresh") from error
-    return network.eval()
+        with torch.inference_mode():  # layers whose shapes do not fit each other are found by using them
+            if network(torch.zeros(1, 3, 64, 64)).shape != (1, classes):
+                raise ValueError("the classifier has another number of outputs")
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not hold a {model} of {classes} classes: delete it, or start over with --fresh"
+        ) from error
+    return network
 
 
 def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What a result says about where it came from."""
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +15,7 @@ from cleanai.data import Images
 from cleanai.scenario import Scenario
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
+FEW_CHANNELS = 1 / 8  # of a layer's: pruning leaves a tenth at least, and widths are multiples of 8
 
 
 def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
@@ -64,3 +66,28 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
         "cleanai": cleanai.__version__,
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def find_warnings(models: dict[str, Any], layers: list[dict[str, Any]], images: Images) -> list[str]:
+    """What a reader must not overlook in a pruning script's record: sentences, none when all is well.
+
+    A network is at chance level when what it knows beyond guessing among the classes is a tenth at most of what the
+    original network knows, or within three standard deviations of guessing on the test images. `models` and `layers`
+    are those of the record.
+    """
+    guessing = 1 / len(images.classes)
+    known = max(0.0, models["original"]["accuracy_percent"] / 100 - guessing)
+    noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
+    limit_percent = 100 * (guessing + max(known / 10, noise))
+    stages = {"original": "The original network", "pruned": "The pruned network", "fine_tuned": "The final network"}
+    warnings = [
+        f"{stage} is at chance level: {models[name]['accuracy_percent']:.2f}% accuracy, and guessing among "
+        f"{len(images.classes)} classes gives {100 * guessing:.2f}%"
+        for name, stage in stages.items()
+        if models[name]["accuracy_percent"] <= limit_percent
+    ]
+    thin = [layer for layer in layers if layer["channels_after"] <= FEW_CHANNELS * layer["channels_before"]]
+    if thin:
+        widths = ", ".join(f"{x['name']} {x['channels_after']} of {x['channels_before']}" for x in thin)
+        warnings.append(f"Hardly any channels are left in {widths}")
+    return warnings

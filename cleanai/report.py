@@ -7,7 +7,7 @@ from reportlab.platypus import Spacer, Table
 
 from cleanai.charts import WIDTH, accuracy_chart, channels_chart
 from cleanai.checkpoints import write_bytes
-from cleanai.layout import build_pdf, pairs, section, table, text
+from cleanai.layout import build_pdf, pairs, section, table, text, warning
 from cleanai.tables import (
     MODELS,
     TITLES,
@@ -32,6 +32,7 @@ def pdf_report(record: Record) -> bytes:
     method = TITLES[record["method"]].title().replace("Wanda", "WANDA")
     story = [
         text(_what_was_done(record)),
+        *(warning(content) for content in record.get("warnings", [])),
         *section("Result", _comparison(record)),
         *section("Summary", pairs(summary_rows(record), numbers=True)),
         *section(

@@ -116,14 +116,28 @@ class Scenario:
         """The table of a comparison, as CSV."""
         return self.report.with_suffix(".csv")
 
+    @property
+    def lock(self) -> Path:
+        """What keeps a second run of this script away; there only while one is at work."""
+        return self.folder / f"{self.name}.lock"
+
     def remove_outputs(self) -> None:
         """Delete what an earlier run of this script left, for starting over."""
-        own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
-        epochs = self.folder.glob(self.epoch(0).name.replace("epoch0", "epoch*"))
         with distributed.first_before_others():
-            for path in [*own, self.final, self.exported, self.resume, *epochs]:
-                if path.exists():
+            for pattern in self._outputs():
+                for path in pattern.parent.glob(pattern.name):
                     path.unlink()
+
+    def remove_unfinished(self) -> None:
+        """Delete what this script was writing when it was killed; nothing, while no other run of it is at work."""
+        for pattern in self._outputs():
+            for path in pattern.parent.glob(f"{pattern.name}.*.tmp"):
+                path.unlink()
+
+    def _outputs(self) -> list[Path]:
+        """Every file this script writes, as patterns of names."""
+        own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
+        return [*own, self.final, self.exported, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"

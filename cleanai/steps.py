@@ -43,11 +43,14 @@ class TrainingStep:
         return {"optimizer": {**optimizer, "param_groups": groups}, "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state, which may have been left on another device."""
+        """Go on from such a state, which may have been left on another device; ValueError when it does not fit."""
         optimizer = state["optimizer"]
         groups = [{**group, **self._settings} for group in optimizer["param_groups"]]
         self._optimizer.load_state_dict({**optimizer, "param_groups": groups})
         self._settings["lr"] = self._optimizer.param_groups[0]["lr"]
+        for parameter, held in self._optimizer.state.items():
+            if not all(value.shape in ((), parameter.shape) for value in held.values()):
+                raise ValueError("the optimizer's state is that of another network")
         self._scaler.load_state_dict(state["scaler"])
 
     def __call__(self, indices: torch.Tensor, moves: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,7 @@ def summary_rows(record: Record) -> list[tuple[str, str]]:
 
 
 def comparison_table(record: Record) -> str:
-    """The COMPREHENSIVE COMPARISON TABLE and the Summary of a pruning script."""
+    """The COMPREHENSIVE COMPARISON TABLE and the Summary of a pruning script, with its warnings under them."""
     original, pruned, fine_tuned = MODELS.values()
     # The scenario's page sets values with a sign or an x one column further right.
     summary = [
@@ -81,6 +81,7 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
+            *(f"\n!!! WARNING: {warning}" for warning in record.get("warnings", [])),
         ]
     )
 

@@ -53,8 +53,9 @@ def fine_tune(
     finished = find_checkpoint(scenario.final, facts["config"])
     if finished:
         _load_into(network, finished, scenario.final)
+        remove_file(scenario.resume)  # there, when the earlier run was killed between its last two acts
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
-        return finished["history"], Evaluation(**finished["evaluation"])
+        return finished["history"], Evaluation.stored_in(finished, scenario.final)
     if batch_size % distributed.processes():
         raise UserError(f"--batch-size {batch_size} cannot be shared evenly by {distributed.processes()} processes")
 
@@ -62,8 +63,7 @@ def fine_tune(
     history: list[dict[str, float]] = []
     interrupted = find_checkpoint(scenario.resume, facts["config"])
     if interrupted:
-        _load_into(network, interrupted, scenario.resume)
-        step.load_state_dict(interrupted["training"])
+        _load_into(network, interrupted, scenario.resume, step)
         history = interrupted["history"]
         print(f"Going on after epoch {len(history)} of an interrupted run")
     seconds = _estimate_epoch_seconds(network, images, compute, batch_size)
@@ -119,10 +119,14 @@ def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute
     return seconds_per_image * (len(images.train) + len(images.test) / 3)  # a step passes each image thrice
 
 
-def _load_into(network: nn.Module, checkpoint: dict[str, Any], path: Path) -> None:
+def _load_into(
+    network: nn.Module, checkpoint: dict[str, Any], path: Path, step: TrainingStep | None = None
+) -> None:
     try:
         network.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+        if step is not None:
+            step.load_state_dict(checkpoint["training"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not fit the network it would go on from: start over with --fresh") from error
 
 

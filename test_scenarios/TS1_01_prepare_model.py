@@ -8,6 +8,7 @@ measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune 
 """
 from cleanai import cli
 from cleanai.checkpoints import find_checkpoint, find_record, write_record
+from cleanai.locks import only_run
 from cleanai.scenario import Scenario
 from cleanai.tables import origin_lines, preparation_table
 
@@ -39,8 +40,9 @@ def main():
     if record:
         print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
     else:
-        record = prepare(args, scenario)
-        write_record(scenario.record, record)
+        with only_run(scenario):
+            record = prepare(args, scenario)
+            write_record(scenario.record, record)
     print(f"\n{origin_lines(record)}\n\n{preparation_table(record)}\n\nFine-tuned model: {scenario.fine_tuned}")
 
 

@@ -9,6 +9,7 @@ in a table and a PDF.
 """
 from cleanai import cli
 from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.locks import only_run
 from cleanai.report import write_report
 from cleanai.scenario import Scenario
 from cleanai.tables import comparison_table, exported_as, origin_lines, repair_stages
@@ -58,15 +59,17 @@ def main():
         if not scenario.report.exists():
             write_report(scenario.report, record)
     else:
-        record = prune(args, scenario)
-        write_report(scenario.report, record)
-        write_record(scenario.record, record)  # last: it marks the run as finished
+        with only_run(scenario):
+            record = prune(args, scenario)
+            write_report(scenario.report, record)
+            write_record(scenario.record, record)  # last: it marks the run as finished
     if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
         from cleanai.export import export_scenario
 
-        record["export"] = export_scenario(scenario, args.data_dir)
-        write_report(scenario.report, record)
-        write_record(scenario.record, record)
+        with only_run(scenario):
+            record["export"] = export_scenario(scenario, args.data_dir)
+            write_report(scenario.report, record)
+            write_record(scenario.record, record)
     print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
@@ -83,14 +86,14 @@ def prune(args, scenario):
     from cleanai.measure import compare
     from cleanai.models import network_from, save_network
     from cleanai.pruning import prune_to_budget
-    from cleanai.records import checkpoint_facts, describe_run
+    from cleanai.records import checkpoint_facts, describe_run, find_warnings
     from cleanai.repair import repair_accuracies
     from cleanai.sources import load_images
     from cleanai.training import fine_tune
 
     compute = choose_compute(args.device, args.precision, args.cuda_graph)
     print(compute.description)
-    prepared = load_checkpoint(scenario.fine_tuned)
+    prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
     images = load_images(args.dataset, args.data_dir)
     images.require_classes(prepared["classes"], scenario.fine_tuned)
@@ -107,7 +110,7 @@ def prune(args, scenario):
     if earlier:
         print(f"Found the pruned network of an earlier run: {scenario.pruned}")
         pruned, pruning = compute.place(network_from(earlier, scenario.pruned)), earlier["pruning"]
-        evaluations["pruned"] = Evaluation(**earlier["evaluation"])
+        evaluations["pruned"] = Evaluation.stored_in(earlier, scenario.pruned)
     else:
         pruned = copy.deepcopy(original)
         repair_on = images.repair_sample(args.repair_batches * args.batch_size, args.seed)
@@ -138,12 +141,14 @@ def prune(args, scenario):
     end_all_but_first()  # of several processes, as torchrun starts them
 
     networks = {"original": original, "pruned": pruned, "fine_tuned": tuned}
+    compared = compare(networks, evaluations, heldout, images.test, compute)
     return {
         **describe_run(scenario, images, compute, args.config, len(calibration)),
         "prepared_with": prepared["config"],
-        **compare(networks, evaluations, heldout, images.test, compute),
+        **compared,
         "pruning": pruning,
         "history": history,
+        "warnings": find_warnings(compared["models"], pruning["layers"], images),
     }
 
 

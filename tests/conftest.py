@@ -13,6 +13,7 @@ from cleanai.data import Images
 from cleanai.models import resnet18_for_small_images
 from cleanai.scenario import PROJECT, Scenario
 from cleanai.sources import load_images
+from tests.scripts import SCRIPTS, prepare, prune
 
 REAL_IMAGES = PROJECT / "downloaded_datasets" / "CIFAR10"
 needs_real_images = pytest.mark.skipif(
@@ -46,6 +47,17 @@ def _trained(digits, compute, tmp_path_factory):
 @pytest.fixture
 def network(_trained):
     return copy.deepcopy(_trained)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A folder, named as folders are named, in which all three scripts have run; and what they printed."""
+    folder = tmp_path_factory.mktemp("Çalışma Dosyaları")
+    results = [prepare(folder, "--dataset", "Digits", "--epochs", "6")]
+    results += [prune(script, folder, "--dataset", "Digits", "--epochs", "5") for script in SCRIPTS[1:]]
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return folder, [result.stdout for result in results]
 
 
 def make_image_folder(root: Path, size: tuple[int, int] = (8, 8), per_class: int = 2) -> Path:

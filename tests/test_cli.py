@@ -1,43 +1,12 @@
 """Options and errors of the scripts, run as commands."""
-import os
-import subprocess
+import signal
 import sys
 
 import pytest
 import torch
 
 from cleanai import cli
-from cleanai.scenario import PROJECT
-
-SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
-
-
-def start(script, *options, **environment):
-    """Start a script as a command."""
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / "test_scenarios" / script), *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
-    )
-
-
-def run(script, *options, **environment):
-    """Run a script as a command to its end: its status, and what it printed."""
-    process = start(script, *options, **environment)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def fails(result, *expected):
-    """The command ended with one line that says all of `expected`, and no traceback."""
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for text in expected:
-        assert text in result.stderr
+from tests.scripts import SCRIPTS, fails, run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -74,6 +43,8 @@ def test_help_explains_every_option_with_its_default(script):
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
+        (0, ["--dataset", "C:\\images"], "--dataset: C:\\images is not a name of letters, digits, _ and -"),
+        (1, ["--dataset", "../CIFAR10"], "--dataset: ../CIFAR10 is not a name"),
     ],
 )
 def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
@@ -115,8 +86,13 @@ def _ending(error, capsys):
     def main():
         raise error
 
-    with pytest.raises(SystemExit) as ending:
-        cli.run(main)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ending:
+            cli.run(main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     code = ending.value.code
     return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)
 
@@ -126,6 +102,7 @@ def _ending(error, capsys):
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
@@ -140,6 +117,11 @@ def test_an_interruption_says_how_to_go_on(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
     assert "The same command, without --fresh, goes on" in message
+
+
+def test_an_interruption_that_became_another_error_is_still_one(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_received", [15])
+    assert _ending(RuntimeError("unexpected pos 704 vs 598"), capsys)[0] == 143
 
 
 def test_an_error_of_ours_is_not_disguised(capsys):

@@ -73,6 +73,12 @@ def test_an_export_is_in_the_report(record):
     assert len(PdfReader(io.BytesIO(pdf)).pages) == 2
 
 
+def test_warnings_stand_before_the_result(record):
+    assert "Warning" not in _text(pdf_report(record))
+    text = _text(pdf_report({**record, "warnings": ["The pruned network is at chance level: 9.5% < 10%"]}))
+    assert text.index("Warning: The pruned network is at chance level: 9.5% < 10%") < text.index("Result")
+
+
 def test_turkish_letters_survive(record):
     record["environment"]["device"] = "Çalışma İstasyonu ğüşıöç"
     assert "Çalışma İstasyonu ğüşıöç" in _text(pdf_report(record))

@@ -47,6 +47,17 @@ def test_starting_over_removes_only_what_the_script_made(tmp_path):
     assert all(path.exists() for path in others)
 
 
+@pytest.mark.parametrize("method", ["", "Coverage", "Wanda"])
+def test_names_hold_nothing_that_windows_forbids(method):
+    files = Scenario("TS1", "ResNet18", "Çiçekler-2", Path("c"), method)
+    paths = [files.final, files.resume, files.epoch(5), files.record, files.lock, files.fine_tuned, files.pretrained]
+    paths += [files.pruned, files.report] if method else []
+    for part in {part for path in paths for part in path.parts[1:]}:
+        assert not set(part) & set('<>:"/\\|?*'), part
+        assert part.split(".")[0].upper() not in {"CON", "PRN", "AUX", "NUL", "COM1", "LPT1"}
+        assert part[-1] not in ". "
+
+
 def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr("cleanai.scenario.CHECKPOINTS_DIR", tmp_path)
     files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")

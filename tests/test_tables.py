@@ -93,6 +93,11 @@ def test_comparison_table_is_that_of_the_page():
     assert comparison_table(COMPARISON) == COMPARISON_TABLE
 
 
+def test_warnings_stand_under_the_table():
+    table = comparison_table({**COMPARISON, "warnings": ["The pruned network is at chance level", "Second"]})
+    assert table == COMPARISON_TABLE + "\n\n!!! WARNING: The pruned network is at chance level\n\n!!! WARNING: Second"
+
+
 def test_wanda_has_its_own_title():
     assert comparison_table({**COMPARISON, "method": "Wanda"}).startswith("WANDA PRUNING - COMPREHENSIVE")
 
