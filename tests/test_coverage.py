@@ -51,7 +51,7 @@ TRAINING, TEST = _pictures(41, seed=0, spread=200), _pictures(37, seed=1)
 
 
 @pytest.fixture
-def compute(compute):
+def tens(compute):
     """As everywhere, in batches of 10 of these pictures, so that the last is ragged."""
     return replace(compute, inference_pixels=10 * 64)
 
@@ -86,9 +86,9 @@ def _expected(criterion, activations):
 
 
 @pytest.mark.parametrize("beyond", [0.0, 0.5])
-def test_all_criteria_are_those_of_dnn_tip(residual, compute, beyond):
-    profiles = record_profiles(residual, TRAINING, compute)
-    measured = measure_coverage(residual, TEST, profiles, compute, sections=50, beyond=beyond, top=2)
+def test_all_criteria_are_those_of_dnn_tip(residual, tens, beyond):
+    profiles = record_profiles(residual, TRAINING, tens)
+    measured = measure_coverage(residual, TEST, profiles, tens, sections=50, beyond=beyond, top=2)
     seen = _gathered(residual, TRAINING)
     low, high, deviation = ([getattr(layer, name)(0) for layer in seen] for name in ("min", "max", "std"))
     assert list(profiles) == NAMES
@@ -112,10 +112,10 @@ def test_all_criteria_are_those_of_dnn_tip(residual, compute, beyond):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 0.5])
-def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual, compute, threshold):
-    profiles = record_profiles(residual, TRAINING, compute)
+def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual, tens, threshold):
+    profiles = record_profiles(residual, TRAINING, tens)
     for scaled, values in ((True, _scaled), (False, lambda layer: layer)):
-        measured = measure_coverage(residual, TEST, profiles, compute, threshold, scaled)
+        measured = measure_coverage(residual, TEST, profiles, tens, threshold, scaled)
         expected = NAC(threshold)(_gathered(residual, TEST, values))[1].any(0)
         assert measured["nc_percent"] == pytest.approx(100 * expected.mean(), abs=1e-9)
         widths = np.cumsum([layer["neurons"] for layer in measured["layers"]])[:-1]
@@ -123,12 +123,12 @@ def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual
         assert [layer["nc_percent"] for layer in measured["layers"]] == pytest.approx(parts)
 
 
-def test_how_images_are_split_into_batches_does_not_matter(residual, compute):
-    at_once = replace(compute, inference_pixels=41 * 64)
+def test_how_images_are_split_into_batches_does_not_matter(residual, tens):
+    at_once = replace(tens, inference_pixels=41 * 64)
     whole = record_profiles(residual, TRAINING, at_once)
     expected = measure_coverage(residual, TEST, whole, at_once, sections=20)
     for size in (1, 9):
-        small = replace(compute, inference_pixels=size * 64)
+        small = replace(tens, inference_pixels=size * 64)
         parts = record_profiles(residual, TRAINING, small)
         for name, profile in parts.items():
             torch.testing.assert_close(profile.deviation, whole[name].deviation, rtol=1e-5, atol=1e-7)
@@ -137,9 +137,9 @@ def test_how_images_are_split_into_batches_does_not_matter(residual, compute):
             assert measured[key] == pytest.approx(expected[key], abs=0.5)
 
 
-def test_the_images_a_profile_was_made_of_cross_no_boundary(residual, compute):
-    profiles = record_profiles(residual, TRAINING, compute)
-    measured = measure_coverage(residual, TRAINING, profiles, compute)
+def test_the_images_a_profile_was_made_of_cross_no_boundary(residual, tens):
+    profiles = record_profiles(residual, TRAINING, tens)
+    measured = measure_coverage(residual, TRAINING, profiles, tens)
     assert measured["nbc_percent"] == measured["snac_percent"] == 0
     assert measured["kmnc_percent"] > 0
 
@@ -168,16 +168,16 @@ def test_a_lower_precision_of_the_network_is_not_that_of_the_measurement(residua
     assert not torch.equal(means.bfloat16().double(), means)  # the values are bfloat16, their means are not
 
 
-def test_profiles_of_another_network_and_damaged_networks_are_refused(residual, compute):
-    profiles = record_profiles(residual, TRAINING, compute)
+def test_profiles_of_another_network_and_damaged_networks_are_refused(residual, tens):
+    profiles = record_profiles(residual, TRAINING, tens)
     other = copy.deepcopy(residual)
     other.last, other.classify = nn.Linear(residual.last.in_features, 30), nn.Linear(30, 4)
     with pytest.raises(UserError, match="profiles are of another network"):
-        measure_coverage(other, TEST, profiles, compute)
+        measure_coverage(other, TEST, profiles, tens)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
     damaged = copy.deepcopy(residual)
     damaged.inner.weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match="not finite numbers"):
-        record_profiles(damaged, TRAINING, compute)
+        record_profiles(damaged, TRAINING, tens)
     with pytest.raises(UserError, match="not finite numbers"):
-        measure_coverage(damaged, TEST, profiles, compute)
+        measure_coverage(damaged, TEST, profiles, tens)
