@@ -39,7 +39,7 @@ run: .venv/installed
 	$(RUN)/TS1_04_compare_methods.py
 
 test: .venv/installed-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 # What takes minutes: kills at random moments, damaged files by the thousand. The counts are printed.
 test-long: .venv/installed-dev

@@ -221,7 +221,8 @@ def test_a_damaged_record_is_named_and_nothing_is_written(told, tmp_path, damage
     write(tmp_path, records)
     if damage == "no json":
         scenario(tmp_path, "Wanda").record.write_text("{", encoding="utf-8")
-    fails(run(SCRIPT, "--checkpoints-dir", tmp_path), "TS1_Wanda_ResNet18_CIFAR10.json is damaged: delete it")
+    said = 'lacks "summary": delete it' if damage == "no summary" else "is damaged: delete it"
+    fails(run(SCRIPT, "--checkpoints-dir", tmp_path), f"TS1_Wanda_ResNet18_CIFAR10.json {said}")
     assert not scenario(tmp_path).folder.exists()
 
 

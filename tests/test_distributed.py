@@ -107,6 +107,10 @@ def test_a_script_under_torchrun_leaves_the_same_files_and_prints_once(tmp_path)
     assert record["environment"]["processes"] == 2
     assert load_checkpoint(tmp_path / "TS1" / "ResNet18_Digits_FT_final.pth")["epoch"] == 1
 
-    uneven = _torchrun(script, *options, "--batch-size", "15", "--fresh")
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused_once(tmp_path):
+    options = ["--dataset", "Digits", "--weights", "none", "--epochs", "1", "--checkpoints-dir", tmp_path]
+    script = PROJECT / "test_scenarios" / "TS1_01_prepare_model.py"
+    uneven = _torchrun(script, *options, "--batch-size", "15")
     assert uneven.returncode != 0
     assert uneven.stderr.count("Error: --batch-size 15 cannot be shared evenly by 2 processes") == 1

@@ -11,9 +11,11 @@ from cleanai.importance import WandaImportance
 from cleanai.models import give_shapes
 from cleanai.pruning import prune_to_budget
 
-NETWORKS = [
-    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small",
-    "densenet121", "efficientnet_b0", "googlenet", "squeezenet1_1", "regnet_x_400mf", "mnasnet1_0", "convnext_tiny",
+# One of each kind in every run: residual, flattened, depthwise with squeeze-and-excitation, concatenating, grouped.
+NETWORKS = ["resnet18", "vgg16_bn", "mobilenet_v3_small", "squeezenet1_1", "regnet_x_400mf"]
+MORE = [
+    "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "densenet121", "efficientnet_b0", "googlenet",
+    "mnasnet1_0", "convnext_tiny",
 ]  # fmt: skip
 SIDE = 64
 
@@ -51,7 +53,7 @@ def _kept_inputs(cut, original):
     return torch.stack(places).mode(0).values
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
 def test_a_fifth_goes_and_only_the_removed_channels_are_missed(name, compute):
     network = _build(name)
     original = copy.deepcopy(network)

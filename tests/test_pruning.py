@@ -59,7 +59,7 @@ def test_a_fifth_of_parameters_and_arithmetic_goes(network, digits, compute, imp
     weights = [p for some in (network, unrepaired) for p in some.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
-    facts = {"classes": list("0123456789"), "config": {}}
+    facts = {"model": "ResNet18", "classes": list("0123456789"), "config": {}}
     save_network(tmp_path / "pruned.pth", network, facts)
     reloaded = load_network(tmp_path / "pruned.pth")
     inputs = next(digits.test.batches(8))[0]

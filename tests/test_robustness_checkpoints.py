@@ -13,6 +13,7 @@ from cleanai import UserError
 from cleanai.checkpoints import find_record, load_checkpoint, save_checkpoint
 from cleanai.models import load_network, resnet18_for_small_images, save_network
 from cleanai.scenario import Scenario
+from cleanai.steps import TrainingStep
 from cleanai.training import fine_tune
 
 SEED = int(os.environ.get("CLEANAI_TEST_SEED", "0"))
@@ -141,7 +142,7 @@ def _changed(path, target, **changes):
         ({"classes": None}, r'x\.pth lacks "classes": delete it'),
         ({"state_dict": None}, r'x\.pth lacks "state_dict": delete it'),
         ({"state_dict": [1]}, r"x\.pth is damaged or not a checkpoint of this project: delete it"),
-        ({"classes": list("abc")}, r"x\.pth does not hold a ResNet-18 of 3 classes: delete it"),
+        ({"classes": list("abc")}, r"x\.pth does not hold a ResNet18 of 3 classes: delete it"),
     ],
 )
 def test_what_is_missing_newer_or_of_another_kind_is_told(small, tmp_path, changes, message):
@@ -166,7 +167,7 @@ def _with_tensor(path, name, tensor):
 )
 def test_weights_that_do_not_fit_are_told(small, tmp_path, name, tensor):
     path = _changed(small, tmp_path / "x.pth", state_dict=_with_tensor(small, name, tensor))
-    with pytest.raises(UserError, match=r"x\.pth does not hold a ResNet-18 of 10 classes"):
+    with pytest.raises(UserError, match=r"x\.pth does not hold a ResNet18 of 10 classes"):
         load_network(path)
 
 
@@ -221,13 +222,13 @@ def test_a_list_that_holds_itself_a_million_times_is_read_in_no_time(tmp_path):
 def test_an_optimizer_of_another_network_is_told(digits, compute, tmp_path):
     scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path)
     network = resnet18_for_small_images(10)
-    optimizer = torch.optim.Adam(network.parameters())
-    network(torch.zeros(2, 3, 8, 8)).sum().backward()
-    optimizer.step()
-    for spoil in ({"state": {}, "param_groups": []}, copy.deepcopy(optimizer.state_dict())):
-        for state in list(spoil["state"].values())[:1]:
-            state["exp_avg"] = torch.zeros(3)
-        save_network(scenario.resume, network, {**FACTS, "epoch": 1, "optimizer": spoil, "history": []})
+    step = TrainingStep(network, digits.train, compute)
+    step(torch.arange(4), torch.zeros(4, 3, dtype=torch.long), rate=0.001)
+    left = step.state_dict()
+    wrong_shape = copy.deepcopy(left)
+    wrong_shape["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    for spoilt in ({**left, "optimizer": {"state": {}, "param_groups": []}}, wrong_shape, {"optimizer": []}):
+        save_network(scenario.resume, network, {**FACTS, "epoch": 1, "training": spoilt, "history": []})
         with pytest.raises(UserError, match=r"resume\.pth does not fit the network it would go on from: start over"):
             fine_tune(network, digits, compute, scenario, FACTS, epochs=4, batch_size=16, lr=0.001, seed=0)
 

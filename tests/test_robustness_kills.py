@@ -102,6 +102,7 @@ def _assert_same(outcome, reference):
         assert outcome[name] == content, f"{name} differs"
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_each_kind_of_work(digits_run, tmp_path, capsys):
     reference, _ = digits_run
     shutil.copytree(reference / "TS1", tmp_path / "TS1")

@@ -62,7 +62,7 @@ def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, mo
     monkeypatch.setattr("cleanai.scenario.CHECKPOINTS_DIR", tmp_path)
     files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")
     with pytest.raises(UserError) as error:
-        files.require_fine_tuned("TS1_01_prepare_model.py")
+        files.require_fine_tuned("TS1_01_prepare_model.py", tmp_path)
     assert str(error.value) == (
         f"Fine-tuned model not found: {files.fine_tuned}. "
         "Run first: python test_scenarios/TS1_01_prepare_model.py"
