@@ -59,18 +59,27 @@ def main() -> None:
             one["speedup_batch_1"] = first["latency_ms"]["mean"] / one["latency_ms"]["mean"]
             one["speedup_batch_128"] = one["throughput_images_per_s"] / first["throughput_images_per_s"]
         result["precisions"][precision] = timed
-        print(f"\n{precision:<20}{'1 image, ms':>13}{'p90':>9}{'speedup':>10}{'images/s at 128':>18}{'speedup':>10}")
-        for name, one in timed.items():
-            latency = one["latency_ms"]
-            print(
-                f"{name:<20}{latency['mean']:>13.2f}{latency['p90']:>9.2f}{one['speedup_batch_1']:>9.2f}x"
-                f"{one['throughput_images_per_s']:>18,.0f}{one['speedup_batch_128']:>9.2f}x"
-            )
-            if "latency_cuda_graph_ms" in one:
-                print(f"{'  as a CUDA graph':<20}{one['latency_cuda_graph_ms']['mean']:>13.2f}")
+    print(f"\n{table(result)}")
     path = PROJECT / "results" / "speed" / f"latency_{args.dataset}_{compute.device.type}.json"
     write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
     print(f"\n{path}")
+
+
+def table(result) -> str:
+    """Times and speedups of every network, for each precision."""
+    lines = []
+    for precision, timed in result["precisions"].items():
+        heads = f"{'1 image, ms':>13}{'p90':>9}{'speedup':>10}{'images/s at 128':>18}{'speedup':>10}"
+        lines.append(f"{precision:<20}{heads}")
+        for name, one in timed.items():
+            latency = one["latency_ms"]
+            lines.append(
+                f"  {name:<18}{latency['mean']:>13.2f}{latency['p90']:>9.2f}{one['speedup_batch_1']:>9.2f}x"
+                f"{one['throughput_images_per_s']:>18,.0f}{one['speedup_batch_128']:>9.2f}x"
+            )
+            if "latency_cuda_graph_ms" in one:
+                lines.append(f"{'    as a CUDA graph':<20}{one['latency_cuda_graph_ms']['mean']:>13.2f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -82,13 +82,7 @@ def main() -> None:
 
     macs = count_macs(resnet18_for_small_images(classes), images.train.pixels[:1].float())
     rate = matrix_rate(compute)
-    shares = {name: speed * 6 * macs / rate for name, speed in speeds.items()}  # 2 per MAC, and backward takes twice
     best_plain = max(speed for name, speed in speeds.items() if name != "CleanAI")
-    print(f"\n{'Loop':<20}{'images/s':>12}{'share of matrix rate':>24}")
-    for name, speed in speeds.items():
-        print(f"{name:<20}{speed:>12,.0f}{100 * shares[name]:>23.1f}%")
-    print(f"Matrix rate in {compute.precision}: {rate / 1e12:.2f} TFLOP/s")
-    print(f"CleanAI over the faster plain loop: {speeds['CleanAI'] / best_plain:.2f}x")
     result = {
         "environment": describe_environment(compute),
         "dataset": {"name": args.dataset, "source": images.source},
@@ -98,16 +92,28 @@ def main() -> None:
         "loops": {
             name: {
                 "images_per_s": speeds[name],
-                "share_of_matrix_rate_percent": 100 * shares[name],
+                "share_of_matrix_rate_percent": 100 * speeds[name] * 6 * macs / rate,  # 2 per MAC, backward twice that
                 "seconds_per_step": seconds_per_step[name],
             }
             for name in loops
         },
         "ratio_to_faster_plain_loop": speeds["CleanAI"] / best_plain,
     }
+    print(f"\n{table(result)}")
     path = PROJECT / "results" / "speed" / f"training_{args.dataset}_{compute.device.type}.json"
     write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
     print(path)
+
+
+def table(result):
+    """Images per second of each loop, and how they compare."""
+    lines = [f"{'Loop':<20}{'images/s':>12}{'share of matrix rate':>24}"]
+    for name, loop in result["loops"].items():
+        lines.append(f"{name:<20}{loop['images_per_s']:>12,.0f}{loop['share_of_matrix_rate_percent']:>23.1f}%")
+    precision = result["environment"]["precision"]
+    lines.append(f"Matrix rate in {precision}: {result['matrix_rate_tflop_per_s']:.2f} TFLOP/s")
+    lines.append(f"CleanAI over the faster plain loop: {result['ratio_to_faster_plain_loop']:.2f}x")
+    return "\n".join(lines)
 
 
 def plain_loop(images, classes, device, workers):

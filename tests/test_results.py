@@ -7,7 +7,15 @@ import pytest
 from cleanai.scenario import PROJECT
 from cleanai.tables import comparison_table, preparation_table
 
-RECORDS = sorted((PROJECT / "results").rglob("*.json"))
+SPEEDS = sorted((PROJECT / "results" / "speed").glob("*.json"))
+RECORDS = sorted(set((PROJECT / "results").rglob("*.json")) - set(SPEEDS))
+
+
+def _benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "benchmarks" / f"{name}.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark
 
 
 def test_there_are_measured_results():
@@ -23,10 +31,16 @@ def test_a_readme_shows_what_was_measured(path, readme):
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
+@pytest.mark.parametrize("path", SPEEDS, ids=lambda path: path.stem)
+def test_a_readme_shows_how_fast_it_is(path, readme):
+    benchmark = _benchmark({"training": "training_speed", "latency": "latency"}[path.stem.split("_")[0]])
+    table = benchmark.table(json.loads(path.read_text(encoding="utf-8")))
+    assert table in (PROJECT / readme).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
 def test_a_readme_shows_how_the_criteria_compare(readme):
-    spec = importlib.util.spec_from_file_location("criteria", PROJECT / "benchmarks" / "criteria.py")
-    criteria = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(criteria)
+    criteria = _benchmark("criteria")
     (path,) = criteria.FOLDER.glob("*.csv")
     rows = criteria.read_rows(path)
     text = (PROJECT / readme).read_text(encoding="utf-8")
