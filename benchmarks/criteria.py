@@ -26,9 +26,10 @@ from reportlab.lib import colors
 
 from cleanai import UserError, cli
 from cleanai.charts import DARK, GREY, LIGHT
-from cleanai.checkpoints import load_checkpoint, write_bytes
+from cleanai.checkpoints import load_checkpoint
 from cleanai.compute import choose_compute
 from cleanai.evaluation import evaluate
+from cleanai.files import write_bytes
 from cleanai.importance import NeuronCoverageImportance, WandaImportance
 from cleanai.models import network_from
 from cleanai.pruning import prune_to_budget

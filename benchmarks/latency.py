@@ -14,8 +14,9 @@ import json
 import torch
 
 from cleanai import cli
-from cleanai.checkpoints import load_checkpoint, write_bytes
+from cleanai.checkpoints import load_checkpoint
 from cleanai.compute import choose_compute
+from cleanai.files import write_bytes
 from cleanai.importance import WandaImportance
 from cleanai.latency import time_networks
 from cleanai.models import network_from

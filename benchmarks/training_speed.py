@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from cleanai import cli
-from cleanai.checkpoints import write_bytes
 from cleanai.compute import choose_compute
+from cleanai.files import write_bytes
 from cleanai.measure import count_macs
 from cleanai.models import resnet18_for_small_images
 from cleanai.progress import progress

@@ -1,20 +1,17 @@
-"""Files on disk: checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
+"""Checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
 
-Every write is atomic: a reader sees the old file or the new one, never a part. What is read is checked before it is
-believed, and nothing but plain data is unpickled. Of several processes on one training the first alone writes and
-deletes. PyTorch is imported where it is needed: printing the table of a finished run takes none of it.
+What is read is checked before it is believed, and nothing but plain data is unpickled. PyTorch is imported where it is
+needed: printing the table of a finished run takes none of it.
 """
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any
 
 from cleanai import UserError, distributed
 from cleanai.archives import all_finite, verified_size
+from cleanai.files import write_bytes, writing
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -31,7 +28,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     if distributed.rank() > 0:
         return
-    with _writing(path) as file:
+    with writing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
@@ -122,30 +119,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def file_digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file atomically."""
-    if distributed.rank() > 0:
-        return
-    with _writing(path) as file:
-        file.write(content)
-
-
-def remove_file(path: Path) -> None:
-    """Delete a file if it is there."""
-    if distributed.rank() == 0:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-
-
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
     for key in {**config, **made_with}:
         before, now = made_with.get(key), config.get(key)
@@ -164,44 +137,3 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
             f"{path} was made {was}, and this run is {is_now}: "
             f"run {was}, use another --checkpoints-dir, or start over with --fresh"
         )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
-
-    A run that is killed leaves it; `Scenario.remove_unfinished` knows its name.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):  # it may never have come to be
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[BinaryIO]:
-    """The same, with a UserError when the file cannot be written."""
-    try:
-        with replacing(path) as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own where its file does not take what it is given.
-        reason = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(reason, OSError):
-            raise
-        raise cannot_write(path, reason) from error
-
-
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """What a script ends with when the disk is full, say, or the folder read-only."""
-    return UserError(
-        f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: mend that and run the "
-        "same command to go on, or use another --checkpoints-dir"
-    )

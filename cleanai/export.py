@@ -15,8 +15,8 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from cleanai import UserError
-from cleanai.checkpoints import write_bytes
 from cleanai.compute import choose_compute
+from cleanai.files import write_bytes
 from cleanai.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
 from cleanai.models import load_network
 from cleanai.scenario import Scenario

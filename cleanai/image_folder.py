@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cleanai import UserError
-from cleanai.checkpoints import replacing
+from cleanai.files import one_line, replacing
 from cleanai.progress import progress
 
 CACHE_VERSION = 1  # another one when the layout, or what becomes of a picture, changes
@@ -177,8 +177,3 @@ def _header(listing: str, size: tuple[int, int], pixels: np.ndarray) -> dict:
     digest = hashlib.sha256(json.dumps([listing, *size]).encode("ascii"))
     digest.update(pixels)
     return {"listing": listing, "size": list(size), "sha256": digest.hexdigest()}
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, Iterator
 
 from cleanai import UserError
-from cleanai.checkpoints import cannot_write
+from cleanai.files import cannot_write
 from cleanai.scenario import Scenario
 
 

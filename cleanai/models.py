@@ -13,8 +13,9 @@ from torch import nn
 from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
-from cleanai.checkpoints import file_digest, load_checkpoint, save_checkpoint
+from cleanai.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.distributed import first_before_others
+from cleanai.files import file_digest
 
 
 def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 from reportlab.platypus import Spacer, Table
 
 from cleanai.charts import WIDTH, accuracy_chart, channels_chart
-from cleanai.checkpoints import write_bytes
+from cleanai.files import write_bytes
 from cleanai.layout import build_pdf, pairs, section, table, text, warning
 from cleanai.tables import (
     MODELS,

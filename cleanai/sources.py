@@ -12,10 +12,10 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from cleanai import UserError, __version__
-from cleanai.checkpoints import replacing, write_bytes
 from cleanai.data import Images, ImageSet, balanced_order
 from cleanai.distributed import first_before_others
-from cleanai.image_folder import one_line, read_image_folder
+from cleanai.files import one_line, replacing, write_bytes
+from cleanai.image_folder import read_image_folder
 from cleanai.progress import progress
 from cleanai.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset
 

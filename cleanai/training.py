@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from cleanai import UserError, distributed
-from cleanai.checkpoints import find_checkpoint, remove_file
+from cleanai.checkpoints import find_checkpoint
 from cleanai.compute import Compute
 from cleanai.data import Images
 from cleanai.evaluation import Evaluation, evaluate
+from cleanai.files import remove_file
 from cleanai.models import save_network
 from cleanai.progress import progress
 from cleanai.scenario import Scenario

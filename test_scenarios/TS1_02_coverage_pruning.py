@@ -7,7 +7,8 @@ of it in five steps over all layers, fine-tunes it, and compares the three netwo
     python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 from cleanai import cli
-from cleanai.checkpoints import file_digest, find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.checkpoints import find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.files import file_digest
 from cleanai.locks import only_run
 from cleanai.report import write_report
 from cleanai.scenario import Scenario

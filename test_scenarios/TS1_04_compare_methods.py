@@ -7,10 +7,11 @@ that runs it. Prints the answer and one table, and writes a PDF, a CSV and a JSO
     python test_scenarios/TS1_04_compare_methods.py --dataset Digits    # after scripts 1 to 3 with Digits
 """
 from cleanai import cli
-from cleanai.checkpoints import write_bytes, write_record
+from cleanai.checkpoints import write_record
 from cleanai.comparison import compare_methods
 from cleanai.comparison_report import pdf_comparison
 from cleanai.comparison_tables import comparison_csv, comparison_text
+from cleanai.files import write_bytes
 from cleanai.scenario import Scenario
 
 SCENARIO = "TS1"

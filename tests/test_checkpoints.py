@@ -11,9 +11,9 @@ from cleanai.checkpoints import (
     find_record,
     load_checkpoint,
     save_checkpoint,
-    write_bytes,
     write_record,
 )
+from cleanai.files import write_bytes
 from cleanai.importance import WandaImportance
 from cleanai.models import load_network, save_network
 from cleanai.pruning import prune_to_budget
