@@ -15,7 +15,7 @@ from torchvision.models import ResNet, resnet18
 from cleanai import UserError
 from cleanai.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.distributed import first_before_others
-from cleanai.files import file_digest
+from cleanai.files import file_digest, one_line
 
 
 def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
@@ -110,9 +110,8 @@ def download_imagenet_weights(models_dir: Path, url: str) -> Path:
             # Goes to a temporary file first, and is moved into place when its checksum is right.
             torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum, progress=sys.stderr.isatty())
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"The ImageNet weights could not be downloaded ({reason}): put {url} by hand at {path}, "
+                f"The ImageNet weights could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
                 "or start from random weights with --weights none"
             ) from error
     elif not file_digest(path).startswith(checksum):
