@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -12,21 +12,31 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
 CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+# What is averaged. Frequency is the share of values above zero: PyTorch sums signs five times as fast as truth values.
+MOMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean_absolute": torch.abs,
+    "frequency": lambda values: values.sign().clamp_min_(0),
+    "second_moment": torch.square,
+}
 
 
 @dataclass
 class ChannelStatistics:
-    """Means over all images and positions of what reaches one layer, per channel: each (C,) float64."""
+    """Means over all images and positions of what reaches one layer, per channel: each (C,) float64, if recorded."""
 
-    mean_absolute: torch.Tensor
-    frequency: torch.Tensor  # share of values above zero
-    second_moment: torch.Tensor
+    mean_absolute: torch.Tensor | None = None
+    frequency: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
 
 
 def record_statistics(
-    network: nn.Module, images: ImageSet, compute: Compute, title: str = "Measuring channels"
+    network: nn.Module,
+    images: ImageSet,
+    compute: Compute,
+    title: str = "Measuring channels",
+    moments: Sequence[str] = tuple(MOMENTS),
 ) -> dict[nn.Module, ChannelStatistics]:
-    """Run `images` through `network` and return what each convolution and linear layer received.
+    """Run `images` through `network` and return `moments` of what each convolution and linear layer received.
 
     The input of a layer is what its channels are worth to it: after batch norm, activation and residual addition. The
     sums are streamed, so memory does not grow with the images, and how they are split into batches does not matter.
@@ -36,14 +46,12 @@ def record_statistics(
     def measure(layer: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, int]:
         channel = values.ndim - 1 if isinstance(layer, nn.Linear) else 1
         rest = [dim for dim in range(values.ndim) if dim != channel]
-        # The sign, not a comparison: PyTorch sums truth values five times slower than numbers.
-        positive = values.sign().clamp_min_(0)
-        sums = torch.stack([values.abs().sum(rest), positive.sum(rest), values.square().sum(rest)])  # (3, C)
+        sums = torch.stack([MOMENTS[name](values).sum(rest) for name in moments])  # (moments, C)
         return sums, values.numel() // values.shape[channel]
 
     layers = [m for m in network.modules() if isinstance(m, CONSUMERS)]
     means = _means(network, layers, measure, images, compute, title)
-    return {layer: ChannelStatistics(*mean.cpu().clone()) for layer, mean in means.items()}
+    return {layer: ChannelStatistics(**dict(zip(moments, mean.cpu().clone()))) for layer, mean in means.items()}
 
 
 def record_grams(

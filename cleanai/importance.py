@@ -1,11 +1,13 @@
 """The two criteria, as importances for torch_pruning: a score for each channel of a dependency group."""
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 import torch_pruning as tp
 from torch import nn
 
-from cleanai.activations import ChannelStatistics
+from cleanai.activations import MOMENTS, ChannelStatistics
 from cleanai.groups import READING
 
 
@@ -16,9 +18,10 @@ class ActivationImportance(tp.importance.Importance):
     that the layers which read the group give, since a channel that many layers read matters to each of them. Scores
     put the channels of one group in order; groups are not compared by them (see `prune_to_budget`).
 
-    `statistics` must be set before, from `record_statistics` of the network as it is.
+    `statistics` must be set before, from `record_statistics` of the network as it is, with `moments` at least.
     """
 
+    moments: Sequence[str] = tuple(MOMENTS)
     statistics: dict[nn.Module, ChannelStatistics]
 
     def __call__(self, group: tp.dependency.Group) -> torch.Tensor:
@@ -47,6 +50,8 @@ class NeuronCoverageImportance(ActivationImportance):
 
     def __init__(self, metric: str = "normalized_mean"):
         self.metric = metric
+        means = "mean_absolute" if metric != "frequency" else "frequency"
+        self.moments = (means, "frequency") if metric == "combined" else (means,)
 
     def scores(self, layer: nn.Module, statistics: ChannelStatistics) -> torch.Tensor:
         """The coverage (C,) of each input channel of `layer` by the chosen metric."""
@@ -65,6 +70,8 @@ class WandaImportance(ActivationImportance):
     the root of the channel's second moment. As WANDA compares weights within an output, a channel's score is its share
     S_oj / sum_j S_oj, averaged over the outputs o.
     """
+
+    moments = ("second_moment",)
 
     def scores(self, layer: nn.Module, statistics: ChannelStatistics) -> torch.Tensor:
         """Each input channel's part (C,) in what the layer's outputs are made of, averaged over the outputs."""

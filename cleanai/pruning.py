@@ -73,7 +73,9 @@ def prune_to_budget(
         asked = [None if share is None else share * step / steps for share in shares]
 
         if isinstance(importance, ActivationImportance):
-            importance.statistics = record_statistics(network, calibration, compute, title + "measuring channels")
+            importance.statistics = record_statistics(
+                network, calibration, compute, title + "measuring channels", importance.moments
+            )
         spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
         grams = record_grams(network, spreads, repair_on, compute, title + "measuring relations")
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
