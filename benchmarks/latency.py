@@ -25,16 +25,17 @@ from cleanai.records import describe_environment
 from cleanai.scenario import PROJECT, Scenario
 from cleanai.sources import load_images
 
+RATIO = 0.2
 MULTIPLES = (1, 8, 16, 32)
 COPIES = ("original", "original again", "and again")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
-    args = cli.parse(__doc__, dataset="CIFAR10", ratio=0.2, macs_ratio="same", calibration_batches=4)
+    args = cli.parse(__doc__, dataset="CIFAR10", calibration_batches=4, precision="auto")
     scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
     scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
-    compute = choose_compute(args.device, "auto")
+    compute = choose_compute(args.device, args.precision)
     print(compute.description)
     original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
     images = load_images(args.dataset, args.data_dir).to(compute.device)
@@ -46,7 +47,7 @@ def main() -> None:
         name = f"multiples of {multiple}"
         networks[name] = copy.deepcopy(original)
         pruning, _ = prune_to_budget(
-            networks[name], WandaImportance(), pictures, pictures, compute, args.ratio, args.macs_ratio,
+            networks[name], WandaImportance(), pictures, pictures, compute, RATIO, RATIO,
             steps=1, batch_size=128, round_to=multiple, repair="none",
         )  # fmt: skip
         removed[name] = {key: value for key, value in pruning["steps"][-1].items() if "removed" in key}

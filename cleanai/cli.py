@@ -125,7 +125,7 @@ _COMMON: dict[str, dict[str, Any]] = {
 _ONLY_WITH = {
     "models_dir": "weights",
     "export": "ratio",
-    **dict.fromkeys(("device", "cuda_graph", "data_dir", "fresh"), "epochs"),
+    **dict.fromkeys(("device", "cuda_graph", "data_dir", "fresh"), "precision"),
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 

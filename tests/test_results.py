@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cleanai.comparison_tables import comparison_text
 from cleanai.scenario import PROJECT
 from cleanai.tables import comparison_table, preparation_table
 
@@ -26,7 +27,10 @@ def test_there_are_measured_results():
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_a_readme_shows_what_was_measured(path, readme):
     record = json.loads(path.read_text(encoding="utf-8"))
-    table = comparison_table(record) if record["method"] else preparation_table(record)
+    if "runs" in record:
+        table = comparison_text(record)
+    else:
+        table = comparison_table(record) if record["method"] else preparation_table(record)
     assert table in (PROJECT / readme).read_text(encoding="utf-8")
 
 
