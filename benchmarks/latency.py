@@ -55,7 +55,7 @@ def main() -> None:
     result = {"environment": describe_environment(compute), "removed": removed, "precisions": {}}
     for precision, dtype in PRECISIONS.items():
         placed = {name: compute.place(copy.deepcopy(network).to(dtype)) for name, network in networks.items()}
-        timed = time_networks(placed, images.test, compute, dtype)
+        timed = time_networks(placed, images.test, compute, dtype, cuda_graphs=compute.device.type == "cuda")
         first = timed["original"]
         for one in timed.values():
             one["speedup_batch_1"] = first["latency_ms"]["mean"] / one["latency_ms"]["mean"]

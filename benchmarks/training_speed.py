@@ -31,7 +31,6 @@ from cleanai.scenario import PROJECT
 from cleanai.sources import load_images
 from cleanai.steps import TrainingStep
 
-BATCH_SIZE = 128
 TURNS = 5
 SECONDS_PER_TURN = 10
 
@@ -60,15 +59,15 @@ class PlainImages(Dataset):
 
 
 def main() -> None:
-    args = cli.parse(__doc__, dataset="CIFAR10", precision="auto")
+    args = cli.parse(__doc__, dataset="CIFAR10", batch_size=128, lr=0.001, precision="auto")
     compute = choose_compute(args.device, args.precision, args.cuda_graph)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     classes = len(images.classes)
     loops = {
-        "plain, 0 workers": plain_loop(images, classes, compute.device, workers=0),
-        "plain, 4 workers": plain_loop(images, classes, compute.device, workers=4),
-        "CleanAI": our_loop(images.to(compute.device), classes, compute),
+        "plain, 0 workers": plain_loop(images, classes, compute.device, args, workers=0),
+        "plain, 4 workers": plain_loop(images, classes, compute.device, args, workers=4),
+        "CleanAI": our_loop(images.to(compute.device), classes, compute, args),
     }
     seconds_per_step = {name: [] for name in loops}
     steps = {}
@@ -78,7 +77,7 @@ def main() -> None:
     for _ in progress(range(TURNS), "Training", "turn"):
         for name, step in loops.items():
             seconds_per_step[name].append(timed(step, steps[name], compute))
-    speeds = {name: BATCH_SIZE / statistics.median(seconds) for name, seconds in seconds_per_step.items()}
+    speeds = {name: args.batch_size / statistics.median(seconds) for name, seconds in seconds_per_step.items()}
 
     macs = count_macs(resnet18_for_small_images(classes), images.train.pixels[:1].float())
     rate = matrix_rate(compute)
@@ -86,7 +85,7 @@ def main() -> None:
     result = {
         "environment": describe_environment(compute),
         "dataset": {"name": args.dataset, "source": images.source},
-        "batch_size": BATCH_SIZE,
+        "batch_size": args.batch_size,
         "cuda_graph": compute.cuda_graph,
         "matrix_rate_tflop_per_s": rate / 1e12,
         "loops": {
@@ -116,11 +115,11 @@ def table(result):
     return "\n".join(lines)
 
 
-def plain_loop(images, classes, device, workers):
+def plain_loop(images, classes, device, args, workers):
     """One step after the other of the loop that most people write."""
     network = resnet18_for_small_images(classes).to(device)
-    optimizer = torch.optim.Adam(network.parameters())
-    loader = DataLoader(PlainImages(images), BATCH_SIZE, shuffle=True, drop_last=True, num_workers=workers)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+    loader = DataLoader(PlainImages(images), args.batch_size, shuffle=True, drop_last=True, num_workers=workers)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def step():
@@ -135,7 +134,7 @@ def plain_loop(images, classes, device, workers):
     return step
 
 
-def our_loop(images, classes, compute):
+def our_loop(images, classes, compute, args):
     """One step after the other of the loop in `cleanai.training`."""
     step = TrainingStep(compute.place(resnet18_for_small_images(classes).train()), images.train, compute)
     generator = torch.Generator().manual_seed(0)
@@ -145,11 +144,12 @@ def our_loop(images, classes, compute):
         while True:
             order = torch.randperm(count, generator=generator).to(compute.device)
             moves = images.train.draw_moves(count, images.mirror, generator)
-            for start in range(0, count - BATCH_SIZE + 1, BATCH_SIZE):
-                yield order[start : start + BATCH_SIZE], moves[start : start + BATCH_SIZE]
+            for start in range(0, count - args.batch_size + 1, args.batch_size):
+                batch = slice(start, start + args.batch_size)
+                yield order[batch], moves[batch]
 
     drawn = batches()
-    return lambda: step(*next(drawn), rate=0.001)
+    return lambda: step(*next(drawn), rate=args.lr)
 
 
 def timed(step, count, compute):

@@ -125,7 +125,8 @@ _COMMON: dict[str, dict[str, Any]] = {
 _ONLY_WITH = {
     "models_dir": "weights",
     "export": "ratio",
-    **dict.fromkeys(("device", "cuda_graph", "data_dir", "fresh"), "precision"),
+    **dict.fromkeys(("device", "data_dir", "fresh"), "precision"),
+    "cuda_graph": "lr",
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
@@ -157,6 +158,9 @@ def parse(description: str, **defaults: Any) -> Options:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
         if args.export == "onnx":
             _require_export_packages()
+    processes = distributed.processes()
+    if "lr" in defaults and args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
     args.config = {name: getattr(args, name) for name in defaults}
     return args
 
@@ -209,7 +213,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         shortage = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
         if not isinstance(error, MemoryError) and not re.search(shortage, str(error)):
             raise
-        sys.exit("Error: there is too little free memory: lower --batch-size, or use another --device")
+        sys.exit("Error: there is too little free memory: lower --batch-size and add --fresh, or use another --device")
     sys.exit(0)
 
 

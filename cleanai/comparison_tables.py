@@ -57,12 +57,16 @@ def difference_name(difference: Record) -> str:
 
 def explanation(record: Record) -> str:
     """What the differences are, and what they do not tell."""
-    dataset = _any_run(record)["dataset"]
-    calibration, test = dataset["calibration_images"], dataset["test_images"]
-    sentences = [
-        f"Differences are in percentage points, on the {test - calibration:,} held-out test images: which channels go "
-        f"was decided on the other {calibration:,}."
-    ]
+    sizes = {
+        (run["dataset"]["test_images"], run["dataset"]["calibration_images"]) for run in record["runs"].values() if run
+    }
+    if len(sizes) == 1:
+        ((test, calibration),) = sizes
+        where = f"the {test - calibration:,} held-out test images: which channels go was decided on the other "
+        where += f"{calibration:,}"
+    else:
+        where = "the held-out test images of each method's run, which differ"
+    sentences = [f"Differences are in percentage points, on {where}."]
     if any(" / " in values[0] for _, values in side_by_side_rows(record)):
         sentences.insert(0, "Two values of the original: each method's run timed it anew, beside its own networks.")
     if any("p_value" in difference for difference in record["differences"]):

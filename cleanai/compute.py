@@ -82,16 +82,18 @@ def choose_compute(device: str, precision: str, cuda_graph: bool = False) -> Com
     if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("This GPU has no bfloat16: use --precision auto, float16 or float32")
     gpus = torch.cuda.device_count() if on_gpu else 0
-    if on_gpu and distributed.local_rank() >= gpus:
+    if on_gpu and distributed.local_processes() > gpus:
         raise UserError(f"PyTorch finds {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
     chosen = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # batches keep their size, so the fastest algorithm is looked for once
-    distributed.join(chosen)
     suited, reason = _suited_precision(chosen)
     if precision != "auto":
         suited, reason = precision, "as asked for"
+    if cuda_graph and (suited == "float16" or distributed.processes() > 1 or not hasattr(torch, "compiler")):
+        raise UserError("--cuda-graph needs PyTorch 2.1, a single process, and another precision than float16")
+    distributed.join(chosen)
     return Compute(chosen, suited, reason, cuda_graph, (1000 if on_gpu else 32) * 32**2)
 
 

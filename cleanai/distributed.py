@@ -34,6 +34,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_processes() -> int:
+    """How many processes take part on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def join(device: torch.device) -> None:
     """Meet the other processes, if there are any and that was not done yet."""
     import torch.distributed as dist
@@ -46,10 +51,10 @@ def join(device: torch.device) -> None:
 
 def end_all_but_first() -> None:
     """End every process but the first: what is left to do is measured, printed and written once."""
-    if processes() > 1:
+    global _left
+    if processes() > 1 and not _left:
         import torch.distributed as dist
 
-        global _left
         _left = True
         dist.barrier()
         dist.destroy_process_group()

@@ -16,6 +16,7 @@ from torch.fx.experimental.optimization import fuse
 
 from cleanai import UserError
 from cleanai.compute import choose_compute
+from cleanai.distributed import end_all_but_first
 from cleanai.files import write_bytes
 from cleanai.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
 from cleanai.models import load_network
@@ -57,6 +58,7 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
     original, pruned and fine_tuned. All of them take turns, with the same number of threads.
     """
     compute = choose_compute("cpu", "float32")
+    end_all_but_first()
     files = {"original": scenario.fine_tuned, "pruned": scenario.pruned, "fine_tuned": scenario.final}
     networks = {name: load_network(path) for name, path in files.items()}
     test = load_images(scenario.dataset, data_dir).test.sample(CHECKED_IMAGES, seed=0)

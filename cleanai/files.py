@@ -42,7 +42,7 @@ def file_digest(path: Path) -> str:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
 
-    A run that is killed leaves it; `Scenario.remove_unfinished` knows its name.
+    A run that is killed leaves it: of checkpoints, records and reports `Scenario.remove_unfinished` clears it away.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

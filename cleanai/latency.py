@@ -23,12 +23,16 @@ STABLE = 0.05  # a turn takes as long as the one before, give or take this share
 
 
 def time_networks(
-    networks: dict[str, nn.Module], images: ImageSet, compute: Compute, dtype: torch.dtype = torch.float32
+    networks: dict[str, nn.Module],
+    images: ImageSet,
+    compute: Compute,
+    dtype: torch.dtype = torch.float32,
+    cuda_graphs: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Latency of one image and throughput of batches of 128, in evaluation and inference mode, per network.
 
     The networks' weights are of `dtype`, and so is what they get. `latency_ms` holds the mean, the percentiles p50, p90
-    and p99, and n, the number of timed calls; `throughput_images_per_s` is images over seconds. On CUDA
+    and p99, and n, the number of timed calls; `throughput_images_per_s` is images over seconds. With `cuda_graphs`
     `latency_cuda_graph_ms` is the same without Python between the layers.
     """
     single = next(images.batches(1))[0].to(dtype)
@@ -48,7 +52,7 @@ def time_networks(
             }
             for name in networks
         }
-        if compute.device.type == "cuda":
+        if cuda_graphs:
             replays = {name: _recorded(network, single) for name, network in networks.items()}
             graphs = time_in_turns(replays, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing CUDA graphs")
             for name in networks:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import BinaryIO, Iterator
@@ -75,6 +76,10 @@ else:
             except BlockingIOError:
                 file.close()
                 return None
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    return file  # a network file system, say, that knows no locks: nothing keeps a second run away
+                raise
             file.close()  # its last owner removed it between the two calls: this lock would keep nobody away
 
     def _release(file: BinaryIO, path: Path) -> None:

@@ -20,13 +20,13 @@ _EAGER_STEPS = 3  # before a CUDA graph is recorded: they choose algorithms and 
 class TrainingStep:
     """Adam on one batch after the other; nothing is read from the device, so that it never waits.
 
-    Of every batch each process takes its share. A CUDA graph is recorded for one process and bfloat16 or float32.
+    Of every batch each process takes its share.
     """
 
     def __init__(self, network: nn.Module, images: ImageSet, compute: Compute):
         self._images, self._compute = images, compute
         self._network = _shared(network, compute) if distributed.processes() > 1 else network
-        graphed = compute.cuda_graph and distributed.processes() == 1 and compute.precision != "float16"
+        graphed = compute.cuda_graph
         self._stream = torch.cuda.Stream(compute.device) if graphed else None
         self._graph: Any = None
         self._eager_steps = 0

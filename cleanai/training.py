@@ -57,8 +57,9 @@ def fine_tune(
         remove_file(scenario.resume)  # there, when the earlier run was killed between its last two acts
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"], Evaluation.stored_in(finished, scenario.final)
-    if batch_size % distributed.processes():
-        raise UserError(f"--batch-size {batch_size} cannot be shared evenly by {distributed.processes()} processes")
+    share = min(batch_size, len(images.train))
+    if share % distributed.processes():
+        raise UserError(f"A batch of {share} images cannot be shared evenly by {distributed.processes()} processes")
 
     step = TrainingStep(network, images.train, compute)
     history: list[dict[str, float]] = []
@@ -76,7 +77,9 @@ def fine_tune(
         rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
         test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
         if not math.isfinite(test.loss):
-            raise UserError(f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {lr}")
+            raise UserError(
+                f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {lr}, and --fresh"
+            )
         history.append(
             {
                 "epoch": epoch,
@@ -161,6 +164,6 @@ def _train_epoch(
         first = int(losses.isfinite().int().argmin())
         raise UserError(
             f"The loss is no longer a number in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
-            f"{rates[first]:.2g}: use a lower --lr than {lr}"
+            f"{rates[first]:.2g}: use a lower --lr than {lr}, and --fresh"
         )
     return rates[-1], losses.mean().item(), 100 * hits.mean().item()
