@@ -1,4 +1,4 @@
-"""Script 4 on the committed records of a real run, with and without what each network got right."""
+"""Script 4 on the records of a real run, with and without what each network got right."""
 import csv
 import io
 import json
@@ -30,7 +30,7 @@ def records():
     """The records as scripts 1 to 3 left them before they told which images a network gets right."""
     found = {}
     for method in SCRIPTS:
-        path = PROJECT / "results" / "cpu-short" / scenario(PROJECT, method).record.name
+        path = PROJECT / "tests" / "records" / scenario(PROJECT, method).record.name
         found[method] = json.loads(path.read_text(encoding="utf-8"))
         found[method].pop("heldout_bits", None)
         for model in found[method]["models"].values():

@@ -130,9 +130,9 @@ def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_pa
 def test_float16_learns_with_scaled_gradients(start, few, compute):
     compute = replace(compute, precision="float16")
     step = TrainingStep(compute.place(start).train(), few.train, compute)
-    unmoved = torch.zeros(8, 3, dtype=torch.long)
-    losses = [step(torch.arange(8), unmoved, rate=0.001)[0].item() for _ in range(3)]  # a CPU is slow at it
-    assert losses[2] < losses[0]
+    unmoved = torch.zeros(4, 3, dtype=torch.long)
+    losses = [step(torch.arange(4), unmoved, rate=0.001)[0].item() for _ in range(10)]
+    assert losses[-1] < losses[0]  # the first steps only find a scale at which nothing overflows
     assert step.state_dict()["scaler"]["scale"] > 1
 
 
