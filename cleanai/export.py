@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from cleanai import UserError
 from cleanai.compute import choose_compute
@@ -91,6 +90,7 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
 
 
 def _onnx_model(network: nn.Module, example: torch.Tensor) -> bytes:
+    # Both exporters fold batch norm into the convolutions of a network in evaluation mode.
     # PyTorch 2.9 deprecates the exporter that it had before; the newer one counts as finished from there on.
     if torch.__version__ >= (2, 9):
         batch = {"dynamo": True, "dynamic_shapes": ({0: "batch"},), "external_data": False, "verbose": False}
@@ -98,7 +98,7 @@ def _onnx_model(network: nn.Module, example: torch.Tensor) -> bytes:
         batch = {"dynamic_axes": {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(fuse(network), (example,), str(path), input_names=[INPUT], output_names=[OUTPUT], **batch)
+        torch.onnx.export(network, (example,), str(path), input_names=[INPUT], output_names=[OUTPUT], **batch)
         return path.read_bytes()
 
 

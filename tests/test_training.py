@@ -108,11 +108,13 @@ def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_
     first, result = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
     written = scenario.final.stat().st_mtime_ns
     again = resnet18_for_small_images(10)
+    scenario.resume.write_bytes(b"left by a kill between the last two acts")
     found, result_found = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
     assert found == first
     assert result_found.accuracy_percent == result.accuracy_percent
     assert torch.equal(result_found.correct, result.correct)
     assert scenario.final.stat().st_mtime_ns == written
+    assert not scenario.resume.exists()
     assert torch.equal(again.fc.weight, start.fc.weight)
     with pytest.raises(UserError, match=r"was made with --epochs 6, and this run is with --epochs 7"):
         fine_tune(again, few, compute, scenario, {**FACTS, "config": {"epochs": 7}}, **{**SETTINGS, "epochs": 7})
