@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
-from cleanai import UserError
+from cleanai import UserError, distributed
 from cleanai.files import cannot_write
 from cleanai.scenario import Scenario
 
@@ -19,7 +19,7 @@ def only_run(scenario: Scenario) -> Iterator[None]:
     The operating system lets the lock go with its process, however that ends. Raises UserError when another run has
     it, or the folder cannot be written. Of the processes of one run under torchrun the first has it for all.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if distributed.rank() > 0:
         yield
         return
     made = [folder for folder in (scenario.folder, *scenario.folder.parents) if not folder.exists()]

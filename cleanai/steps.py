@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -142,14 +141,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return _summed(values)
+        return distributed.sum_over_processes(values.clone().contiguous())
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return _summed(gradient)
-
-
-def _summed(values: torch.Tensor) -> torch.Tensor:
-    total = values.clone().contiguous()
-    dist.all_reduce(total)
-    return total
+        return distributed.sum_over_processes(gradient.clone().contiguous())
