@@ -39,6 +39,7 @@ from cleanai.sources import load_images
 
 FOLDER = PROJECT / "results" / "criteria"
 RATIO, STEPS = 0.7, 7  # a tenth per step
+ROUND_TO = [8]  # fine enough to meet every tenth
 SEEDS = 3
 BATCH_SIZE = 128
 CRITERIA = {
@@ -119,7 +120,8 @@ def prune_and_measure(network, importance, calibration, repair_on, test, compute
         )
 
     pruning, _ = prune_to_budget(
-        network, importance, calibration, repair_on, compute, RATIO, RATIO, STEPS, BATCH_SIZE, after_step=measure
+        network, importance, calibration, repair_on, compute, RATIO, RATIO, STEPS, BATCH_SIZE, ROUND_TO,
+        after_step=measure,
     )
     for row, step in zip(rows, pruning["steps"]):
         del row["step"]

@@ -48,7 +48,7 @@ def main() -> None:
         networks[name] = copy.deepcopy(original)
         pruning, _ = prune_to_budget(
             networks[name], WandaImportance(), pictures, pictures, compute, RATIO, RATIO,
-            steps=1, batch_size=128, round_to=multiple, repair="none",
+            steps=1, batch_size=128, round_to=[multiple], repair="none",
         )  # fmt: skip
         removed[name] = {key: value for key, value in pruning["steps"][-1].items() if "removed" in key}
 

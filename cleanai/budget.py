@@ -116,13 +116,19 @@ def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
     return [0] + [group.channels - width for width in range(group.channels - 1, least - 1, -1) if width % multiple == 0]
 
 
-def choose_cuts(costs: Costs, cuts: list[list[int]], losses: list[torch.Tensor], budget: Budget) -> torch.Tensor:
+def choose_cuts(
+    costs: Costs,
+    cuts: list[list[int]],
+    losses: list[torch.Tensor],
+    budget: Budget,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
     """How many channels (G,) each group gives so that the costs fall into the budget at the least loss.
 
     `cuts` are the numbers that each group can give, `losses` what each of them costs the network. A channel is worth
     its loss per cost, and one exchange rate between the two costs decides which layers give: it is found by bisection,
     so that both budgets are met at once. As channels go in blocks, this only comes near the budget; a search among
-    the widths around it then meets it, and keeps the cheapest it finds.
+    the widths around it then meets it, and keeps the cheapest it finds: never worse than `known` (G,), if given.
     """
     start = _by_exchange_rate(costs, cuts, losses, budget)
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in cuts], True)  # (G, E)
@@ -135,6 +141,10 @@ def choose_cuts(costs: Costs, cuts: list[list[int]], losses: list[torch.Tensor],
         return budget.missed(costs(removed), costs.now), loss.T.gather(0, rows).sum(-1)
 
     best = start[None]
+    if known is not None:
+        best = torch.stack([start, torch.tensor([row.index(int(count)) for row, count in zip(cuts, known)])])
+        missed, lost = judge(best)
+        best = best[(lost + missed * 1e9).argmin()][None]
     best_missed, best_loss = judge(best)
     fruitless = 0
     while fruitless < (_ROUNDS_MISSED if best_missed > 0 else _ROUNDS):

@@ -83,7 +83,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "share of the multiply-accumulates to remove: a number, the same as --ratio, or none",
     },
     "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
-    "round_to": {"type": _whole(1), "help": "widths stay multiples of it, as hardware likes them; 1 takes any"},
+    "round_to": {
+        "type": _whole(1),
+        "nargs": "+",
+        "help": "widths stay multiples, as hardware likes them, of the first of these that allows it; 1 takes any",
+    },
     "repair": {
         "choices": ("full", "bn", "none"),
         "help": "after each step: full lets the channels that stay take over what they can and recalibrates batch "

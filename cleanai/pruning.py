@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 import torch_pruning as tp
@@ -19,7 +19,7 @@ from cleanai.importance import ActivationImportance
 from cleanai.reconstruction import output_errors, reconstruct
 from cleanai.repair import recalibrate
 
-ROUND_TO = 8  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
+ROUND_TO = (32, 16, 8)  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
 
 
 def prune_to_budget(
@@ -32,7 +32,7 @@ def prune_to_budget(
     macs_ratio: float | None,
     steps: int,
     batch_size: int,
-    round_to: int = ROUND_TO,
+    round_to: Sequence[int] = ROUND_TO,
     repair: str = "full",
     after_step: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
@@ -40,7 +40,8 @@ def prune_to_budget(
 
     In each of `steps` equal steps the channels are measured anew on `calibration`, and `importance` puts those of each
     group in order. How many each group gives is chosen over the whole network, so that both shares are met, widths
-    stay multiples of `round_to`, and the layers that read the channels lose least (see `_losses`). With `repair` "full"
+    stay multiples of the first number in `round_to` that allows it, and the layers that read the channels lose least
+    (see `_losses`): first for the whole way, then for the part of it that the step goes. With `repair` "full"
     these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
     "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
     puts out keeps its width.
@@ -48,8 +49,7 @@ def prune_to_budget(
     Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
     before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
     with the number of each step, the network, and that copy. Raises UserError, before anything is touched, when the
-    shares cannot be met or the network cannot be pruned; and before the last cut, when the steps before it left no
-    widths to meet them.
+    shares cannot be met or the network cannot be pruned.
     """
     example = next(calibration.batches(1))[0]
     unrepaired = copy.deepcopy(network)
@@ -65,11 +65,11 @@ def prune_to_budget(
         costs = Costs(network, groups, example)
         if step == 1:
             before = costs.now
-            least = {group.name: max(round_to, round(LEAST_KEPT * group.channels)) for group in groups}
-        cuts = [allowed_cuts(group, least[group.name], round_to) for group in groups]
-        if step == 1:
-            nothing_lost = [torch.zeros(len(cut)) for cut in cuts]
-            _require(shares, before, costs(choose_cuts(costs, cuts, nothing_lost, Budget.removing(before, *shares))))
+            goal = Budget.removing(before, *shares)
+            least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
+            multiple, planned = _first_plan(groups, least, round_to, costs, goal)
+            _require(shares, before, costs(planned))
+        cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
         asked = [None if share is None else share * step / steps for share in shares]
 
         if isinstance(importance, ActivationImportance):
@@ -79,13 +79,15 @@ def prune_to_budget(
         spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
         grams = record_grams(network, spreads, repair_on, compute, title + "measuring relations")
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
-        losses = [
-            _losses(group, order, grams)[torch.tensor(cut) * group.units // group.channels]
-            for group, order, cut in zip(groups, orders, cuts)
-        ]
-        removed = choose_cuts(costs, cuts, losses, Budget.removing(before, *asked))
-        if step == steps:
-            _require(shares, before, costs(removed))
+        losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
+        # The whole way is planned anew in every step, and no step goes beyond the plan: what is left can be met.
+        planned = choose_cuts(costs, cuts, _at(losses, cuts, groups), goal, planned)
+        cuts = [cut[: cut.index(int(most)) + 1] for cut, most in zip(cuts, planned)]
+        removed = planned
+        if step < steps:
+            budget = Budget.removing(before, *asked)
+            removed = choose_cuts(costs, cuts, _at(losses, cuts, groups), budget)
+        planned = planned - removed
         gone = {
             group.name: order[: int(count) * group.units // group.channels].tolist()
             for group, order, count in zip(groups, orders, removed)
@@ -153,6 +155,25 @@ def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tens
     ]
     lost = -torch.stack(kept).clamp_min(1e-9).log().sum(0)
     return torch.cat([lost.new_zeros(1), lost])
+
+
+def _first_plan(
+    groups: list[Group], least: dict[str, int], round_to: Sequence[int], costs: Costs, goal: Budget
+) -> tuple[int, torch.Tensor]:
+    """The first multiple in `round_to` with which the goal can be met, or else the last, and cuts (G,) that do so."""
+    for multiple in round_to:
+        cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
+        planned = choose_cuts(costs, cuts, [torch.zeros(len(cut)) for cut in cuts], goal)
+        if goal.missed(costs(planned), costs.now) == 0:
+            break
+    return multiple, planned
+
+
+def _at(losses: list[torch.Tensor], cuts: list[list[int]], groups: list[Group]) -> list[torch.Tensor]:
+    """Of the losses without so many units of a group, those without the channels of each of its allowed cuts."""
+    return [
+        loss[torch.tensor(cut) * group.units // group.channels] for loss, cut, group in zip(losses, cuts, groups)
+    ]
 
 
 def _cut(graph: tp.DependencyGraph, groups: list[Group], gone: dict[str, list[int]]) -> None:

@@ -129,11 +129,26 @@ def test_the_budgets_are_met_apart_or_alone(network, digits, compute, ratio, mac
 @pytest.mark.parametrize("round_to", [1, 16])
 def test_widths_are_multiples_of_what_is_asked(network, digits, compute, round_to):
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, steps=1, round_to=round_to)
+    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[round_to])
     widths = [layer["channels_after"] for layer in pruning["layers"] if layer["name"] != "fc"]
     assert all(width % round_to == 0 for width in widths)
     assert round_to > 1 or any(width % 2 for width in widths)
     assert abs(_removed(original, network)[0] - 20) <= 0.1
+
+
+def test_steps_leave_a_way_to_the_end(network, digits, compute):
+    """The coarser the widths, the fewer of them meet both budgets; a step must not go past all of these."""
+    original = copy.deepcopy(network)
+    pruning, _ = _prune(network, digits, compute, ratio=0.2, macs_ratio=0.2, steps=5, round_to=[32])
+    assert all(layer["channels_after"] % 32 == 0 for layer in pruning["layers"] if layer["name"] != "fc")
+    parameters, macs = _removed(original, network)
+    assert abs(parameters - 20) <= 0.1 and 20 <= macs <= 20.5
+
+
+def test_widths_are_multiples_of_the_first_number_that_allows_it(network, digits, compute):
+    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[512, 32, 8])  # one width alone is above 512
+    widths = [layer["channels_after"] for layer in pruning["layers"] if layer["name"] != "fc"]
+    assert all(width % 32 == 0 for width in widths)
 
 
 def test_what_stays_takes_over_what_goes(network, digits, compute):
