@@ -6,7 +6,7 @@ DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
 DEMO_PRUNE := --epochs 2 --lr 0.0003
 
-.PHONY: help demo run test test-long lint clean
+.PHONY: help demo run test test-long test-floor test-newest lint clean
 
 help:
 	@head -1 Makefile
@@ -45,8 +45,19 @@ test: .venv/installed-dev
 test-long: .venv/installed-dev
 	$(PY) -m pytest -m long -s
 
+# `make test` at both ends of what requirements.txt allows, each in an environment of its own.
+test-floor: PYTHON := python3.8
+test-floor: VERSIONS := -c requirements-floor.txt
+test-newest: PYTHON := python3.13
+test-newest: VERSIONS := --upgrade --upgrade-strategy eager
+test-floor test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -e ".[dev]" $(VERSIONS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadfile
+
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-floor .venv-newest

@@ -60,7 +60,7 @@ class PlainImages(Dataset):
 
 def main() -> None:
     args = cli.parse(__doc__, dataset="CIFAR10", batch_size=128, lr=0.001, precision="auto")
-    compute = choose_compute(args.device, args.precision, args.cuda_graph)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     classes = len(images.classes)

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Callable, NoReturn
 
 from cleanai import UserError, distributed
@@ -115,6 +116,10 @@ _COMMON: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "record the training step once and replay it: a fast GPU no longer waits for Python",
     },
+    "deterministic": {
+        "action": "store_true",
+        "help": "let a GPU compute the same in every run, more slowly; a CPU does so anyway",
+    },
     "data_dir": {"type": Path, "default": PROJECT / "downloaded_datasets", "help": "where datasets are"},
     "models_dir": {"type": Path, "default": PROJECT / "downloaded_models", "help": "where pretrained weights are"},
     "checkpoints_dir": {"type": Path, "default": CHECKPOINTS_DIR, "help": "where results go"},
@@ -130,7 +135,7 @@ _ONLY_WITH = {
     "models_dir": "weights",
     "export": "ratio",
     **dict.fromkeys(("device", "data_dir", "fresh"), "precision"),
-    "cuda_graph": "lr",
+    **dict.fromkeys(("cuda_graph", "deterministic"), "lr"),
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
@@ -163,6 +168,8 @@ def parse(description: str, **defaults: Any) -> Options:
         if args.export == "onnx":
             _require_export_packages()
     processes = distributed.processes()
+    if "lr" in defaults and args.cuda_graph and args.deterministic:
+        parser.error("argument --deterministic: not together with --cuda-graph")
     if "lr" in defaults and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
     args.config = {name: getattr(args, name) for name in defaults}
@@ -215,6 +222,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(f"Error: {error}")
     except (RuntimeError, MemoryError) as error:
         shortage = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+        if "does not have a deterministic implementation" in str(error):
+            sys.exit(f"Error: {str(error).split()[0]} has no deterministic form in PyTorch: leave out --deterministic")
         if not isinstance(error, MemoryError) and not re.search(shortage, str(error)):
             raise
         sys.exit("Error: there is too little free memory: lower --batch-size and add --fresh, or use another --device")
@@ -232,3 +241,12 @@ def _stop_at_once(number: int, _: Any) -> NoReturn:
     # Where the first one was swallowed, as in a destructor, or is still being cleaned up after; the next run does that.
     os.write(2, f"{_STOPPED}\n".encode())
     os._exit(128 + number)
+
+
+def _stop_before_run(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        _stop_at_once(signal.SIGINT, None)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _stop_before_run  # Ctrl-C while a script, which imports this module first, still imports the others

@@ -1,6 +1,7 @@
 """What computes: the device and the precision, chosen once and handed to whatever runs a network."""
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Compute:
     """A device, the precision networks run in on it, and the reason for that precision.
 
     With `cuda_graph` a training step is recorded once and replayed, so that a fast GPU does not wait for Python.
+    `deterministic` says whether every run computes the same, as a CPU always does.
     `inference_pixels` is how many go through a network at once where that does not change what comes out.
     """
 
@@ -28,6 +30,7 @@ class Compute:
     precision: str
     reason: str
     cuda_graph: bool = False
+    deterministic: bool = False
     inference_pixels: int = 32 * 32**2  # what a hook computes from few still lies in the cache
 
     def autocast(self) -> torch.autocast:
@@ -67,9 +70,10 @@ class Compute:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name()
 
 
-def choose_compute(device: str, precision: str, cuda_graph: bool = False) -> Compute:
+def choose_compute(device: str, precision: str, cuda_graph: bool = False, deterministic: bool = False) -> Compute:
     """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); meet other processes.
 
+    With `deterministic` PyTorch is told, for the whole program, to use a GPU in ways that give the same every time.
     Raises UserError when CUDA is asked for and is not there, or a precision that the device does not have.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -87,14 +91,25 @@ def choose_compute(device: str, precision: str, cuda_graph: bool = False) -> Com
     chosen = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True  # batches keep their size, so the fastest algorithm is looked for once
+        # Batches keep their size, so the fastest algorithm is looked for once; which one wins differs from run to run.
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            _forbid_chance()
     suited, reason = _suited_precision(chosen)
     if precision != "auto":
         suited, reason = precision, "as asked for"
     if cuda_graph and (suited == "float16" or distributed.processes() > 1 or not hasattr(torch, "compiler")):
         raise UserError("--cuda-graph needs PyTorch 2.1, a single process, and another precision than float16")
     distributed.join(chosen)
-    return Compute(chosen, suited, reason, cuda_graph, (1000 if on_gpu else 32) * 32**2)
+    return Compute(chosen, suited, reason, cuda_graph, deterministic or not on_gpu, (1000 if on_gpu else 32) * 32**2)
+
+
+def _forbid_chance() -> None:
+    """Keep PyTorch to algorithms that give the same every time; an operation that has none is an error."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is used first
+    torch.use_deterministic_algorithms(True)
+    if hasattr(torch.utils, "deterministic"):  # PyTorch 2.2; filling memory that is written anyway would cost time
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _suited_precision(device: torch.device) -> tuple[str, str]:

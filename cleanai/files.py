@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
 from cleanai import UserError, distributed
+
+ABANDONED_S = 3600  # a run at work never rests that long: a connection without data is given up after a minute
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -42,7 +45,8 @@ def file_digest(path: Path) -> str:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
 
-    A run that is killed leaves it: of checkpoints, records and reports `Scenario.remove_unfinished` clears it away.
+    A run that is killed leaves it: of what a script makes `Scenario.remove_unfinished` clears it away, of downloads and
+    decoded images `remove_leftovers`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +59,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # it may never have come to be
             temporary.unlink()
+
+
+def remove_leftovers(*paths: Path) -> None:
+    """Delete the temporary files of these that killed runs left: those that nobody has written to for an hour."""
+    for path in paths:
+        for temporary in path.parent.glob(f"{path.name}.*.tmp"):
+            with contextlib.suppress(OSError):  # another run may be faster, or the folder read-only
+                if time.time() - temporary.stat().st_mtime > ABANDONED_S:
+                    temporary.unlink()
 
 
 @contextlib.contextmanager

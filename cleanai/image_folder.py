@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from cleanai import UserError
-from cleanai.files import one_line, replacing
+from cleanai.files import one_line, remove_leftovers, replacing
 from cleanai.progress import progress
 
 CACHE_VERSION = 1  # another one when the layout, or what becomes of a picture, changes
@@ -45,6 +45,7 @@ def read_image_folder(folder: Path) -> tuple[tuple, tuple, list[str]]:
         raise UserError(f"{folder}: train and test must have the same class folders; only one of them has {only}")
     train, test = ([file for files in part.values() for file in files] for part in parts.values())
     files, cache = [*train, *test], folder.with_name(f"{folder.name}.cache")
+    remove_leftovers(cache)
     listing = _fingerprint(files, folder)
     pixels = _read_cache(cache, listing, len(files))
     if pixels is None:

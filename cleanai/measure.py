@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
-import thop
 import torch
 from torch import nn
 
@@ -14,6 +14,10 @@ from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation
 from cleanai.latency import time_networks
 from cleanai.significance import pack
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it compares versions in a way that Python gave up
+    import thop
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:

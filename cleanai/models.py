@@ -1,9 +1,7 @@
 """Networks: ResNet-18 adapted to small images, torchvision's others, and pruned networks rebuilt from their weights."""
 from __future__ import annotations
 
-import http.client
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from torchvision.models import ResNet, resnet18
 from cleanai import UserError
 from cleanai.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.distributed import first_before_others
-from cleanai.files import file_digest, one_line
+from cleanai.downloads import FAILURES, download
+from cleanai.files import file_digest, one_line, remove_leftovers
 
 
 def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
@@ -104,12 +103,11 @@ def download_imagenet_weights(models_dir: Path, url: str) -> Path:
     """
     path = models_dir / url.rsplit("/", 1)[-1]
     checksum = path.stem.rsplit("-", 1)[-1]  # the name ends in the first digits of the SHA-256
+    remove_leftovers(path)
     if not path.exists():
-        models_dir.mkdir(parents=True, exist_ok=True)
         try:
-            # Goes to a temporary file first, and is moved into place when its checksum is right.
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            download(url, path, "sha256", checksum)
+        except FAILURES as error:
             raise UserError(
                 f"The ImageNet weights could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
                 "or start from random weights with --weights none"

@@ -61,11 +61,11 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
     staying = torch.ones(gram.shape[-1], dtype=torch.bool)
     staying[gone] = False
     order = torch.cat([staying.nonzero().flatten(), gone]).to(gram.device)
-    power = (mixing * gram).sum()
+    power = (mixing * gram).sum().cpu()
     left = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(gone) :]  # (g, C, R * n)
-    lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1))
+    lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1)).cpu()
     per_row = lost.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
-    return (per_row / power if power > 0 else torch.zeros_like(per_row)).cpu()
+    return per_row / power if power > 0 else torch.zeros_like(per_row)
 
 
 def _factor(gram: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, confi
 
     To the settings in `config` it adds what an interrupted run must find again to be the same run.
     """
-    conditions = f"{compute.precision}, {len(images.train):,} + {len(images.test):,} images from {images.source}"
+    how = ", deterministic" if compute.deterministic and compute.device.type == "cuda" else ""
+    conditions = f"{compute.precision}{how}, {len(images.train):,} + {len(images.test):,} images from {images.source}"
     return {
         "model": scenario.model,
         "dataset": scenario.dataset,
@@ -60,6 +61,7 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
         "device_type": compute.device.type,
         "cpu_threads": torch.get_num_threads(),
         "precision": compute.precision,
+        "deterministic": compute.deterministic,
         "processes": distributed.processes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -1,9 +1,7 @@
 """Where images come from: an embedded dataset, a folder of image files, or torchvision's download."""
 from __future__ import annotations
 
-import http.client
 import tarfile
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -11,12 +9,12 @@ import torch.nn.functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from cleanai import UserError, __version__
+from cleanai import UserError
 from cleanai.data import Images, ImageSet, balanced_order
 from cleanai.distributed import first_before_others
-from cleanai.files import one_line, replacing, write_bytes
+from cleanai.downloads import FAILURES, download
+from cleanai.files import one_line, remove_leftovers, write_bytes
 from cleanai.image_folder import read_image_folder
-from cleanai.progress import progress
 from cleanai.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset
 
 DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, and a four-stage ResNet wants some positions left at its end
@@ -64,15 +62,17 @@ def _digits() -> tuple[tuple, tuple, list[str]]:
 
 def _cifar10(data_dir: Path) -> tuple[tuple, tuple, list[str]]:
     archive = data_dir / datasets.CIFAR10.filename
+    places = _places(data_dir)
+    remove_leftovers(archive, *places.values())
     try:
         parts = _extracted_cifar10(data_dir)
     except RuntimeError:  # torchvision's word for files that are missing or have another checksum
         if not archive.exists():
-            _download(archive, datasets.CIFAR10.url, datasets.CIFAR10.tgz_md5)
+            _download(archive)
         elif not check_integrity(str(archive), datasets.CIFAR10.tgz_md5):
             raise UserError(f"{archive} is not the published file (its MD5 differs): delete it and run again") from None
         try:
-            _extract(archive, data_dir / datasets.CIFAR10.base_folder)
+            _extract(archive, places)
             parts = _extracted_cifar10(data_dir)
         except RuntimeError as error:
             raise UserError(f"{archive} does not hold CIFAR-10 ({one_line(error)}): delete it and run again") from error
@@ -87,32 +87,25 @@ def _extracted_cifar10(data_dir: Path) -> list[datasets.CIFAR10]:
     return [datasets.CIFAR10(root=str(data_dir), train=train) for train in (True, False)]
 
 
-def _download(path: Path, url: str, md5: str) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": f"cleanai/{__version__}"})
+def _download(archive: Path) -> None:
+    url = datasets.CIFAR10.url
     try:
-        # Goes to a temporary file first, and is moved into place when its size and checksum are right.
-        with replacing(path) as file, urllib.request.urlopen(request, timeout=60) as response:
-            size = response.length  # None when the server does not tell
-            blocks = iter(lambda: response.read(2**20), b"")
-            for block in progress(blocks, f"Downloading {path.name}", "MiB", size and size // 2**20):
-                file.write(block)
-            file.flush()
-            if size is not None and file.tell() != size:
-                raise OSError(f"the connection ended after {file.tell():,} of {size:,} bytes")
-            if not check_integrity(file.name, md5):
-                raise OSError("its MD5 is not that of the published file")
-    except (OSError, http.client.HTTPException) as error:
+        download(url, archive, "md5", datasets.CIFAR10.tgz_md5)
+    except FAILURES as error:
         raise UserError(
-            f"CIFAR-10 could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
-            f"or your own copy as images into {path.parent / DOWNLOADABLE / '{train,test}' / '<class>'}"
+            f"CIFAR-10 could not be downloaded ({one_line(error)}): put {url} by hand at {archive}, "
+            f"or your own copy as images into {archive.parent / DOWNLOADABLE / '{train,test}' / '<class>'}"
         ) from error
 
 
-def _extract(archive: Path, folder: Path) -> None:
-    """Write those members of the archive that are wanted, by names of our own: none can lead elsewhere."""
+def _places(data_dir: Path) -> dict[str, Path]:
+    """Where those members of the archive go that are wanted, by their names in it: none can lead elsewhere."""
     cifar10 = datasets.CIFAR10
     wanted = [cifar10.meta["filename"], *(name for name, _ in [*cifar10.train_list, *cifar10.test_list])]
-    places = {f"{cifar10.base_folder}/{name}": folder / name for name in wanted}
+    return {f"{cifar10.base_folder}/{name}": data_dir / cifar10.base_folder / name for name in wanted}
+
+
+def _extract(archive: Path, places: dict[str, Path]) -> None:
     with tarfile.open(str(archive)) as tar:
         for member in tar:
             if member.isfile() and member.name in places:

@@ -59,7 +59,7 @@ def prepare(args, scenario):
     from cleanai.sources import load_images
     from cleanai.training import fine_tune
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)

@@ -93,7 +93,7 @@ def prune(args, scenario):
     from cleanai.sources import load_images
     from cleanai.training import fine_tune
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))

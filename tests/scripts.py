@@ -1,12 +1,17 @@
 """The three scripts as commands, for the tests that run them."""
+import json
 import os
 import subprocess
 import sys
+
+import torch
 
 from cleanai.scenario import PROJECT
 
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
+# What differs from run to run: times, and the checksum of a file that holds some.
+TIMES = {"seconds", "latency_ms", "throughput_images_per_s", "speedup", "fine_tuned_model"}
 
 
 def start(script, *options, preexec_fn=None, **environment):
@@ -52,3 +57,30 @@ def prepare(folder, *options, **environment):
 def prune(script, folder, *options, **environment):
     """Run script 2 or 3 on a few images."""
     return run(script, *command_options(SCRIPTS.index(script), folder, *options), **environment)
+
+
+def outcome(folder):
+    """All that the scripts left in a folder, less the times."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: _timeless(_read(path)) for name, path in files.items()}
+
+
+def _read(path):
+    if path.suffix == ".pth":
+        return torch.load(path, weights_only=True)
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()[:4]
+
+
+def _timeless(content):
+    if isinstance(content, dict):
+        return {key: _timeless(value) for key, value in content.items() if key not in TIMES}
+    if isinstance(content, list):
+        return [_timeless(value) for value in content]
+    return (content.dtype, content.shape, content.numpy().tobytes()) if isinstance(content, torch.Tensor) else content
+
+
+def assert_same(left, reference):
+    """What scripts left is the same as what others did, but for the times."""
+    assert sorted(left) == sorted(reference)
+    for name, content in reference.items():
+        assert left[name] == content, f"{name} differs"

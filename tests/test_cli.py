@@ -15,6 +15,7 @@ def test_help_explains_every_option_with_its_default(script):
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
+    shared += ["--cuda-graph", "--deterministic"]
     own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--macs-ratio", "--steps"]
     own += [] if script == SCRIPTS[0] else ["--calibration-batches", "--round-to", "--repair", "--repair-batches"]
     own += [] if script == SCRIPTS[0] else ["--export"]
@@ -43,6 +44,7 @@ def test_help_explains_every_option_with_its_default(script):
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
+        (1, ["--deterministic", "--cuda-graph"], "--deterministic: not together with --cuda-graph"),
         (0, ["--dataset", "C:\\images"], "--dataset: C:\\images is not a name of letters, digits, _ and -"),
         (1, ["--dataset", "../CIFAR10"], "--dataset: ../CIFAR10 is not a name"),
     ],
@@ -122,6 +124,13 @@ def test_an_interruption_says_how_to_go_on(capsys):
 def test_an_interruption_that_became_another_error_is_still_one(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_received", [15])
     assert _ending(RuntimeError("unexpected pos 704 vs 598"), capsys)[0] == 143
+
+
+def test_an_operation_without_a_deterministic_form_is_named(capsys):
+    message = "max_pool3d_backward_cuda does not have a deterministic implementation, but you set 'torch.use_..."
+    status, told = _ending(RuntimeError(message), capsys)
+    assert status == 1
+    assert told == "Error: max_pool3d_backward_cuda has no deterministic form in PyTorch: leave out --deterministic"
 
 
 def test_an_error_of_ours_is_not_disguised(capsys):

@@ -278,6 +278,15 @@ class TestCache:
             assert printed.count("\n") == 1
             assert "decoding" in printed
 
+    def test_what_killed_runs_left_of_it_goes(self, folder):
+        abandoned, written, own = (folder.with_name(f"Pets.{end}") for end in ("cache.1.tmp", "cache.2.tmp", "tmp"))
+        for path in (abandoned, written, own):
+            path.touch()
+        for path in (abandoned, own):
+            os.utime(path, (0, 0))
+        load_images("Pets", folder.parent)
+        assert [path.exists() for path in (abandoned, written, own)] == [False, True, True]
+
     def test_without_room_for_it_the_images_are_right(self, folder, capsys):
         cache = folder.with_name("Pets.cache")
         cache.unlink()

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 
 import pytest
 import torch
@@ -41,7 +42,11 @@ def test_weights_are_downloaded_once_and_carried_over(tmp_path, published):
     assert path == tmp_path / "models" / name
     assert path.read_bytes() == content
     # The server is gone: what is there already is taken.
+    leftover = path.with_name(f"{name}.4711.tmp")  # of a run that was killed
+    leftover.touch()
+    os.utime(leftover, (0, 0))
     assert download_imagenet_weights(tmp_path / "models", f"{address}/{name}") == path
+    assert list(path.parent.iterdir()) == [path]
 
     weights = torch.load(path, weights_only=True)
     network = resnet18_for_small_images(10, path)

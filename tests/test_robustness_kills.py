@@ -1,6 +1,5 @@
 """Killed at any moment, a script goes on when it is run again, and ends with what it would have ended with."""
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -9,17 +8,14 @@ import sys
 import time
 
 import pytest
-import torch
 
 from cleanai.scenario import PROJECT
-from tests.scripts import SCRIPTS, command_options
+from tests.scripts import SCRIPTS, assert_same, command_options, outcome
 
 SEED = int(os.environ.get("CLEANAI_TEST_SEED", "0"))
 KILLS = 25  # at least
 EPOCHS = ["6", "5", "5"]  # as in the fixture digits_run
 FEWER_EPOCHS = ["3", "2", "2"]
-# What differs from run to run: times, and the checksum of a file that holds some.
-TIMES = {"seconds", "latency_ms", "throughput_images_per_s", "speedup", "fine_tuned_model"}
 # Starts a script that dies in the n-th call of a function of os, or in the first whose first argument holds a text:
 # in fsync with a temporary file written and not yet in place, in replace just before it is.
 DYING = """
@@ -76,32 +72,6 @@ def _finish(number, folder, epochs):
     return output
 
 
-def _outcome(folder):
-    """All that the scripts left in a folder, less the times."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: _timeless(_read(path)) for name, path in files.items()}
-
-
-def _read(path):
-    if path.suffix == ".pth":
-        return torch.load(path, weights_only=True)
-    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else path.read_bytes()[:4]
-
-
-def _timeless(content):
-    if isinstance(content, dict):
-        return {key: _timeless(value) for key, value in content.items() if key not in TIMES}
-    if isinstance(content, list):
-        return [_timeless(value) for value in content]
-    return (content.dtype, content.shape, content.numpy().tobytes()) if isinstance(content, torch.Tensor) else content
-
-
-def _assert_same(outcome, reference):
-    assert sorted(outcome) == sorted(reference)
-    for name, content in reference.items():
-        assert outcome[name] == content, f"{name} differs"
-
-
 @pytest.mark.long
 def test_killed_in_the_middle_of_each_kind_of_work(digits_run, tmp_path, capsys):
     reference, _ = digits_run
@@ -114,9 +84,9 @@ def test_killed_in_the_middle_of_each_kind_of_work(digits_run, tmp_path, capsys)
         assert _killed(1, tmp_path, EPOCHS, moment, wait_s), f"{moment}: the script ended first"
     _finish(1, tmp_path, EPOCHS)
     method = "TS1_Coverage_ResNet18_Digits/"
-    _assert_same(
-        _outcome(tmp_path),
-        {name: content for name, content in _outcome(reference).items() if name.startswith((method, "TS1/"))},
+    assert_same(
+        outcome(tmp_path),
+        {name: content for name, content in outcome(reference).items() if name.startswith((method, "TS1/"))},
     )
     with capsys.disabled():
         print(f"\n{len(moments)} kills, seed {SEED} (CLEANAI_TEST_SEED)")
@@ -130,7 +100,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path):
         started = time.perf_counter()
         _finish(number, tmp_path / "whole", FEWER_EPOCHS)
         took_s.append(time.perf_counter() - started)
-    reference = _outcome(tmp_path / "whole")
+    reference = outcome(tmp_path / "whole")
 
     kills, rounds = 0, 0
     while kills < KILLS:
@@ -149,6 +119,6 @@ def test_killed_again_and_again_at_random_moments(tmp_path):
                 if not died:
                     break
             _finish(number, folder, FEWER_EPOCHS)
-        _assert_same(_outcome(folder), reference)
+        assert_same(outcome(folder), reference)
         shutil.rmtree(folder)
     print(f"{kills} kills in {rounds} rounds of the three scripts: every end as that of the uninterrupted ones")

@@ -10,10 +10,9 @@ import time
 import pytest
 import torch
 
-from cleanai import UserError
+from cleanai import UserError, locks
 from cleanai.checkpoints import load_checkpoint, save_checkpoint, write_record
-from cleanai.locks import only_run
-from cleanai.scenario import Scenario
+from cleanai.scenario import PROJECT, Scenario
 from tests.scripts import SCRIPTS, command_options, fails, run, start
 
 LIMIT_S = 2  # that an interrupted script may take to its end, beside the step it is in
@@ -84,6 +83,22 @@ def test_sigterm_ends_a_script_that_has_hardly_begun(tmp_path, wait_s):
 
 
 @posix
+def test_ctrl_c_while_a_script_imports_its_modules_is_no_traceback(signals_not_ignored):
+    for script in SCRIPTS:
+        text = (PROJECT / "test_scenarios" / script).read_text(encoding="utf-8")
+        assert re.search(r"^(from|import) .*$", text, re.MULTILINE).group() == "from cleanai import cli"
+    program = "from cleanai import cli\nimport time\nprint('importing', flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout.readline().strip() == "importing"
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate()
+    assert process.returncode == 130
+    assert message.strip() == GOES_ON
+
+
+@posix
 def test_a_second_ctrl_c_while_the_first_is_cleaned_up_after_is_no_traceback(tmp_path, signals_not_ignored):
     program = (
         "import time\nfrom cleanai import cli\ndef main():\n try:\n  print('ready', flush=True); time.sleep(60)\n"
@@ -105,15 +120,25 @@ def _holds(process):
 
 
 HOLDER = """
-import sys, time; from pathlib import Path; from cleanai.locks import only_run; from cleanai.scenario import Scenario
-with only_run(Scenario("TS1", "ResNet18", "Digits", Path(sys.argv[1]), "Coverage")):
+import sys, time; from pathlib import Path; from cleanai import locks; from cleanai.scenario import Scenario
+if sys.argv[2] == "Windows":
+    from tests.windows import windows_locks
+    locks = windows_locks()
+with locks.only_run(Scenario("TS1", "ResNet18", "Digits", Path(sys.argv[1]), "Coverage")):
     print("locked", flush=True); time.sleep(60)
 """
 
 
-def test_a_lock_dies_with_its_process_and_keeps_no_other_script_away(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["this", pytest.param("Windows", marks=posix)])
+def test_a_lock_dies_with_its_process_and_keeps_no_other_script_away(tmp_path, monkeypatch, system):
+    only_run = locks.only_run
+    if system == "Windows":
+        from tests.windows import windows_locks
+
+        only_run = windows_locks().only_run
     own = _scenario(tmp_path, "Coverage")
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path), system]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, encoding="utf-8")
     assert _holds(process)
     with pytest.raises(UserError, match="Another run of this script"), only_run(own):
         pass

@@ -12,7 +12,7 @@ from cleanai.models import load_network
 from cleanai.significance import unpack
 from cleanai.tables import comparison_table, preparation_table
 from tests.conftest import copy_real_images, needs_real_images
-from tests.scripts import SCRIPTS, SMALL, fails, prepare, prune, run, start
+from tests.scripts import SCRIPTS, SMALL, assert_same, fails, outcome, prepare, prune, run, start
 
 
 def _files(folder):
@@ -95,6 +95,20 @@ def test_the_record_says_which_images_each_network_gets_right(digits_run, digits
         assert 100 * correct[heldout].mean() == pytest.approx(record["models"][stage]["accuracy_heldout_percent"])
         agreeing = evaluate(network, digits.test, compute).correct.numpy() == correct
         assert agreeing.mean() > 0.98  # the script may have computed in bfloat16
+
+
+def test_the_same_seed_gives_the_same_but_for_the_times(digits_run, tmp_path):
+    gpu = torch.cuda.is_available()  # the run to compare with was not --deterministic, which changes nothing on a CPU
+    folders = [tmp_path / "a", tmp_path / "b"] if gpu else [tmp_path / "a"]
+    for folder in folders:
+        options = ["--dataset", "Digits", "--deterministic"]
+        results = [prepare(folder, *options, "--epochs", "6", PYTHONWARNINGS="error")]
+        results += [prune(SCRIPTS[1], folder, *options, "--epochs", "5", PYTHONWARNINGS="error")]
+        for result in results:
+            assert (result.returncode, result.stderr) == (0, "")
+    assert _record(folders[0], "Coverage")["environment"]["deterministic"]
+    reference = outcome(folders[1] if gpu else digits_run[0])
+    assert_same(outcome(folders[0]), {name: left for name, left in reference.items() if "Wanda" not in name})
 
 
 def test_the_methods_are_compared_without_measuring_again(digits_run, tmp_path):

@@ -1,6 +1,7 @@
 """The download of CIFAR-10, from a server of the test, with a tiny archive in its format."""
 import hashlib
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -169,3 +170,11 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_the_archive(tmp_path
     assert len(left) == 1, "the download ended before it could be killed"
     assert left != ["cifar-10-python.tar.gz"]
     assert len(_load(tmp_path, monkeypatch, archive).train) == 10
+    assert left[0] in _files(tmp_path), "another run may be writing it"
+
+    extracting = tmp_path / "cifar-10-batches-py" / "test_batch.4711.tmp"
+    extracting.touch()
+    for path in (tmp_path / left[0], extracting):
+        os.utime(path, (0, 0))
+    assert len(_load_offline(tmp_path, monkeypatch).train) == 10
+    assert _files(tmp_path) == [*EXTRACTED, "cifar-10-python.tar.gz"], "no run rests that long"

@@ -128,6 +128,29 @@ def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_pa
     assert not _scenario(tmp_path).final.exists()
 
 
+def test_the_order_of_the_data_does_not_depend_on_the_number_of_threads(start, digits, compute, tmp_path, monkeypatch):
+    def draws(threads):
+        drawn = []
+
+        def step(self, indices, moves, rate):
+            drawn.extend([indices, moves])
+            return torch.zeros(()), torch.zeros(())
+
+        monkeypatch.setattr(TrainingStep, "__call__", step)
+        torch.set_num_threads(threads)
+        images = replace(digits, test=digits.test.select(torch.arange(20)), mirror=True).with_train_samples(999, seed=0)
+        fine_tune(start, images, compute, _scenario(tmp_path / str(threads)), FACTS, **{**SETTINGS, "epochs": 2})
+        return [*drawn, images.train.pixels, images.repair_sample(99, 0).pixels, digits.calibration_split(99, 0)[1]]
+
+    threads = torch.get_num_threads()
+    try:
+        drawn = [draws(number) for number in (1, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(drawn[0]) == 2 * (6 + 2 * 62) + 3
+    assert all(map(torch.equal, *drawn))
+
+
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch before 2.3 scales gradients on CUDA alone")
 def test_float16_learns_with_scaled_gradients(start, few, compute):
     compute = replace(compute, precision="float16")
