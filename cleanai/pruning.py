@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 import torch_pruning as tp
@@ -16,6 +16,7 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.groups import Group, find_groups, sound_groups
 from cleanai.importance import ActivationImportance
+from cleanai.progress import say
 from cleanai.reconstruction import output_errors, reconstruct
 from cleanai.repair import recalibrate
 
@@ -30,7 +31,7 @@ def prune_to_budget(
     compute: Compute,
     parameters_ratio: float | None,
     macs_ratio: float | None,
-    steps: int,
+    steps: int | Sequence[float],
     batch_size: int,
     round_to: int = ROUND_TO,
     repair: str = "full",
@@ -38,7 +39,7 @@ def prune_to_budget(
 ) -> tuple[dict[str, Any], nn.Module]:
     """Remove shares of a network's parameters and of its multiply-accumulates, in place; None leaves one of them free.
 
-    In each of `steps` equal steps the channels are measured anew on `calibration`, and `importance` puts those of each
+    In each of `steps`, so many equal ones or the parts of the way that are done after each, the channels are measured anew on `calibration`, and `importance` puts those of each
     group in order. How many each group gives is chosen over the whole network, so that both shares are met, widths
     stay multiples of `round_to`, and the layers that read the channels lose least (see `_losses`). With `repair` "full"
     these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
@@ -59,7 +60,9 @@ def prune_to_budget(
         raise UserError(f"{type(network).__name__} has no channels that can be removed")
     shares = (parameters_ratio, macs_ratio)
     achieved = []
-    for step in range(1, steps + 1):
+    parts = [step / steps for step in range(1, steps + 1)] if isinstance(steps, int) else steps
+    steps = len(parts)
+    for step, part in enumerate(parts, 1):
         started, title = time.perf_counter(), f"Step {step}/{steps}, "
         graph, groups = _groups(network, example, sound)
         costs = Costs(network, groups, example)
@@ -70,7 +73,7 @@ def prune_to_budget(
         if step == 1:
             nothing_lost = [torch.zeros(len(cut)) for cut in cuts]
             _require(shares, before, costs(choose_cuts(costs, cuts, nothing_lost, Budget.removing(before, *shares))))
-        asked = [None if share is None else share * step / steps for share in shares]
+        asked = [None if share is None else share * part for share in shares]
 
         if isinstance(importance, ActivationImportance):
             importance.statistics = record_statistics(
@@ -179,7 +182,7 @@ def _report(
         f"{100 * went:.2f}% of the {name} removed ({'left free' if share is None else f'{100 * share:.2f}% asked'})"
         for name, share, went in zip(("parameters", "multiply-accumulates"), asked, removed)
     ]
-    print(f"Step {step}/{steps}: {', '.join(shown)}, {seconds:.0f} s")
+    say(f"Step {step}/{steps}: {', '.join(shown)}, {seconds:.0f} s")
     return {
         f"{name}_{what}_percent": None if share is None else 100 * share
         for what, values in (("asked", asked), ("removed", removed))
