@@ -85,8 +85,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "ratios": {
         "type": _between(0, 1),
         "nargs": "+",
-        "help": "rising shares of the parameters, and of the multiply-accumulates, to remove; each is one step from the "
-        "one before it",
+        "help": "rising shares of the parameters, and of the multiply-accumulates, to remove; each is one step "
+        "from the one before it",
     },
     "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
     "round_to": {"type": _whole(1), "help": "widths stay multiples of it, as hardware likes them; 1 takes any"},
@@ -127,9 +127,9 @@ _COMMON: dict[str, dict[str, Any]] = {
     },
     "sweep": {
         "action": "store_true",
-        "help": "prune the fine-tuned model at several ratios by both criteria, by L2 magnitude and at random, and draw "
-        "the accuracies; an interrupted sweep keeps its finished points and prunes again from the first ratio of the "
-        "criterion it was at",
+        "help": "prune the fine-tuned model at several ratios by both criteria, by L2 magnitude and at random, and "
+        "draw the accuracies; an interrupted sweep keeps what it measured, and prunes again from the first ratio of "
+        "the criterion it was at",
     },
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
@@ -162,7 +162,9 @@ def parse(description: str, **defaults: Any) -> Options:
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     if defaults.get("epochs") == 0:  # where training is a choice
         options["epochs"]["type"] = _whole(0)
-    for_sweep = parser.add_argument_group("with --sweep") if "ratios" in defaults else parser
+    for_sweep = parser
+    if "ratios" in defaults:
+        for_sweep = parser.add_argument_group("with --sweep", "Fine-tuning is that of each network, at each ratio.")
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
         default = option.get("default")

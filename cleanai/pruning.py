@@ -23,6 +23,17 @@ from cleanai.repair import recalibrate
 ROUND_TO = 8  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
 
 
+class BudgetMissed(UserError):
+    """Shares that a network cannot be rid of; `nearest` says which it can."""
+
+    def __init__(self, asked: str, nearest: str) -> None:
+        super().__init__(
+            f"{asked} cannot be met in this network: the nearest is {nearest}. Ask for that, leave one free with none, "
+            "or try --round-to 1"
+        )
+        self.nearest = nearest
+
+
 def prune_to_budget(
     network: nn.Module,
     importance: tp.importance.Importance,
@@ -39,12 +50,12 @@ def prune_to_budget(
 ) -> tuple[dict[str, Any], nn.Module]:
     """Remove shares of a network's parameters and of its multiply-accumulates, in place; None leaves one of them free.
 
-    In each of `steps`, so many equal ones or the parts of the way that are done after each, the channels are measured anew on `calibration`, and `importance` puts those of each
+    In each of `steps` equal steps the channels are measured anew on `calibration`, and `importance` puts those of each
     group in order. How many each group gives is chosen over the whole network, so that both shares are met, widths
     stay multiples of `round_to`, and the layers that read the channels lose least (see `_losses`). With `repair` "full"
     these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
     "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
-    puts out keeps its width.
+    puts out keeps its width. Instead of their number, `steps` can be the part of the way done after each, the last 1.
 
     Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
     before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
@@ -169,10 +180,8 @@ def _require(shares: tuple[float | None, float | None], before: torch.Tensor, ne
     if Budget.removing(before, *shares).missed(nearest, before) > 0:
         asked = " ".join(f"{name} {share:g}" for name, share in zip(("--ratio", "--macs-ratio"), shares) if share)
         parameters, macs = (100 * (1 - nearest / before)).tolist()
-        raise UserError(
-            f"{asked} cannot be met in this network: the nearest is {parameters:.2f}% of the parameters and "
-            f"{macs:.2f}% of the multiply-accumulates. Ask for that, leave one free with none, or try --round-to 1"
-        )
+        can = f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates"
+        raise BudgetMissed(asked, can)
 
 
 def _report(

@@ -8,20 +8,21 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from cleanai import UserError
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import evaluate
 from cleanai.importance import NeuronCoverageImportance, WandaImportance
 from cleanai.measure import count_macs, count_parameters
 from cleanai.progress import one_bar, say
-from cleanai.pruning import prune_to_budget
+from cleanai.pruning import BudgetMissed, prune_to_budget
 
 # The two methods, and two that no calibration image has a part in.
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "Neuron Coverage": NeuronCoverageImportance,
     "WANDA": WandaImportance,
     "L2 magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "random": tp.importance.RandomImportance,
+    "random choice": tp.importance.RandomImportance,
 }
 
 
@@ -64,7 +65,7 @@ def measure_sweep(
                 return
             if fine_tune:
                 pruned = copy.deepcopy(pruned)
-                with torch.random.fork_rng(devices=[]):  # what training draws must not change what `random` draws
+                with torch.random.fork_rng(devices=[]):  # a random choice draws what it draws without
                     torch.manual_seed(seed)
                     fine_tune(pruned)
             points[key] = {"criterion": name, "ratio": ratios[step - 1], **measure_network(pruned, test, compute)}
@@ -75,18 +76,24 @@ def measure_sweep(
 
         torch.manual_seed(seed)
         steps = [ratio / ratios[-1] for ratio in ratios]
-        prune_to_budget(
-            copy.deepcopy(network),
-            CRITERIA[name](),
-            calibration,
-            repair_on,
-            compute,
-            parameters_ratio=ratios[-1],
-            macs_ratio=ratios[-1],
-            steps=steps,
-            batch_size=batch_size,
-            after_step=measure,
-        )
+        try:
+            prune_to_budget(
+                copy.deepcopy(network),
+                CRITERIA[name](),
+                calibration,
+                repair_on,
+                compute,
+                parameters_ratio=ratios[-1],
+                macs_ratio=ratios[-1],
+                steps=steps,
+                batch_size=batch_size,
+                after_step=measure,
+            )
+        except BudgetMissed as error:
+            raise UserError(
+                f"--ratios {ratios[-1]:g} cannot be met in this network by {name}: the nearest is {error.nearest}. "
+                "Ask for less"
+            ) from error
 
     with one_bar("Sweep", "network", total=len(CRITERIA) * len(ratios), done=len(points)) as tick:
         for name in CRITERIA:

@@ -31,10 +31,10 @@ _STYLES = {
     "Neuron Coverage": (DARK, None, "FilledCircle"),
     "WANDA": (LIGHT, None, "FilledSquare"),
     "L2 magnitude": (colors.HexColor("#3a9a5b"), (5, 2), "FilledTriangle"),
-    "random": (GREY, (1, 2), "Circle"),
+    "random choice": (GREY, (1, 2), "Circle"),
 }
 _STAGES = {"pruned": "pruned", "fine_tuned": "fine-tuned"}
-_COSTS = {"parameters": ("Parameters", "M", 1e6), "macs": ("Multiply-accumulates per image", "G", 1e9)}
+_COSTS = {"parameters": ("Parameters", "M", 1e6), "macs": ("Multiply-accumulates", "G", 1e9)}
 
 
 def chosen_networks(scenario: Scenario, fine_tuned_model: str) -> list[dict[str, Any]]:
@@ -50,8 +50,9 @@ def chosen_networks(scenario: Scenario, fine_tuned_model: str) -> list[dict[str,
         if record and record["config"].get("fine_tuned_model") == fine_tuned_model:
             for stage in _STAGES:
                 model = record["models"][stage]
-                measures = {**{cost: model[cost] for cost in _COSTS}, "accuracy_percent": model["accuracy_heldout_percent"]}
-                chosen.append({"criterion": criterion, "stage": stage, **measures})
+                costs = {cost: model[cost] for cost in _COSTS}
+                accuracy = model["accuracy_heldout_percent"]
+                chosen.append({"criterion": criterion, "stage": stage, "accuracy_percent": accuracy, **costs})
     return chosen
 
 
@@ -75,14 +76,13 @@ def sweep_answer(record: Record) -> str:
         for ratio, names in others
     ]
     return (
-        f"{how}, {_listed(best)} can remove {100 * furthest:g}% of the parameters and of the multiply-accumulates{limit} "
-        f"and stay {what}{''.join(rest)}."
+        f"{how}, {_listed(best)} can remove {100 * furthest:g}% of the parameters and of the multiply-accumulates"
+        f"{limit} and stay {what}{''.join(rest)}."
     )
 
 
 def sweep_text(record: Record) -> str:
     """All that the script prints of a sweep: the answer, the table, and what to know of it."""
-    rows = [f"{row[0]:<24}" + "".join(f"{cell:>20}" for cell in row[1:]) for row in sweep_rows(record)]
     return "\n".join(
         [
             textwrap.fill(record["answer"], _WIDTH),
@@ -90,39 +90,39 @@ def sweep_text(record: Record) -> str:
             origin_lines({"dataset": record["dataset"]}).splitlines()[0],
             f"Original network: {prepared_with(record)}",
             "",
-            "HOW FAR CAN IT BE PRUNED - ACCURACY (%), AND POINTS LOST OR GAINED",
+            f"HOW FAR CAN IT BE PRUNED - {heading(record).upper()}",
             "=" * _WIDTH,
-            rows[0],
-            "-" * _WIDTH,
-            *rows[1:],
-            "-" * _WIDTH,
+            *_lines(sweep_rows(record), (20, 21, 21, 21, 21)),
+            "",
+            *(_lines(chosen_rows(record), (40, 24, 26, 14)) if record["chosen"] else []),
             textwrap.fill(explanation(record), _WIDTH),
-            *chosen_lines(record),
         ]
     )
 
 
+def heading(record: Record) -> str:
+    """What stands above the table."""
+    return f"Accuracy (%), and points against the original network's {record['original']['accuracy_percent']:.2f}"
+
+
 def sweep_rows(record: Record) -> list[list[str]]:
-    """A heading, the original network, and a row per ratio: the accuracies by criterion, with what they lost."""
+    """A heading, and a row per ratio: the accuracies by criterion, with what they lost or gained."""
     original = record["original"]["accuracy_percent"]
-    rows = [["Removed", *_STYLES], ["0% (original)", *[f"{original:.2f}        "] * len(_STYLES)]]
+    rows = [["Removed", *_STYLES]]
     for number, ratio in enumerate(record["config"]["ratios"]):
         accuracies = [_points(record, name)[number]["accuracy_percent"] for name in _STYLES]
         rows.append([f"{100 * ratio:g}%", *(f"{value:.2f} ({value - original:+.2f})" for value in accuracies)])
     return rows
 
 
-def chosen_lines(record: Record) -> list[str]:
-    """What the networks of scripts 2 and 3 are, in a line each."""
-    lines = []
+def chosen_rows(record: Record) -> list[list[str]]:
+    """A heading, and a row for each network of the pruning scripts."""
+    rows = [["Network of the pruning scripts", *(f"{title} (%)" for title, _, _ in _COSTS.values()), "Accuracy (%)"]]
     for network in record["chosen"]:
-        removed = " and ".join(
-            f"{100 * (1 - network[cost] / record['original'][cost]):.1f}% of the {title.split()[0].lower()}"
-            for cost, (title, _, _) in _COSTS.items()
-        )
-        name, accuracy = f"{network['criterion']}, {MODELS[network['stage']]}", network["accuracy_percent"]
-        lines.append(f"{name}: {removed} removed, accuracy {accuracy:.2f}%")
-    return lines
+        changes = [f"{100 * (network[cost] / record['original'][cost] - 1):+.1f}" for cost in _COSTS]
+        name = f"{network['criterion']}, {MODELS[network['stage']]}"
+        rows.append([name, *changes, f"{network['accuracy_percent']:.2f}"])
+    return rows
 
 
 def explanation(record: Record) -> str:
@@ -130,10 +130,10 @@ def explanation(record: Record) -> str:
     count, calibration = (record["dataset"][key] for key in ("accuracy_images", "calibration_images"))
     sentences = [
         f"Accuracy is that on {count:,} test images; channels were measured on {calibration:,} others. One point is "
-        f"{count / 100:g} images.",
+        f"{count / 100:g} images. The answer names the highest ratio up to which all accuracies are that near.",
         "Each criterion removes the same share of the parameters and of the multiply-accumulates, going from ratio to "
-        "ratio, with repair after each. It did so once: another seed would give somewhat other numbers, of random "
-        "above all.",
+        "ratio, with repair after each. It did so once: another seed would give somewhat other numbers, of a "
+        "random choice above all.",
     ]
     if record["chosen"]:
         sentences.append("Stars are the networks of the pruning scripts, on the test images that these held out.")
@@ -155,26 +155,29 @@ def sweep_csv(record: Record) -> str:
 def pdf_sweep(record: Record) -> bytes:
     """The sweep as the bytes of a PDF."""
     config, machine = record["config"], record["environment"]
-    shares = [0.2, *[0.2] * len(_STYLES)]
-    origin = [*origin_lines({"dataset": record["dataset"]}).splitlines()[:1], f"Original: {prepared_with(record)}"]
+    training = f"{counted(config['epochs'], 'epoch')} at each ratio, peak learning rate {config['lr']:g}"
     settings = [
+        ("Dataset", origin_lines({"dataset": record["dataset"]}).splitlines()[0].split(": ", 1)[1]),
+        ("Original network", prepared_with(record)),
         ("Ratios", ", ".join(f"{100 * ratio:g}%" for ratio in config["ratios"])),
-        ("Fine-tuning at each ratio", counted(config["epochs"], "epoch") if config["epochs"] else "none"),
-        ("Calibration", f"{counted(config['calibration_batches'], 'batch')} of {config['batch_size']}"),
+        ("Fine-tuning", training if config["epochs"] else "none"),
+        ("Calibration", f"at most {config['calibration_batches']} x {config['batch_size']} test images"),
+        ("Repair", f"at most {config['repair_batches']} x {config['batch_size']} training images"),
         ("Seed", str(config["seed"])),
-        ("Device", f"{machine['device']}, {machine['precision']}"),
+        ("Device", f"{machine['device']}, {machine['precision']}; PyTorch {machine['torch']}"),
     ]
+    own = table(chosen_rows(record), [WIDTH * share for share in (0.37, 0.18, 0.3, 0.15)])
     story = [
         text(record["answer"]),
         *section("Accuracy over what was removed", sweep_chart(record)),
         *section(
-            "Accuracy (%), and points lost or gained",
-            table(sweep_rows(record), [WIDTH * share for share in shares]),
-            Spacer(1, 4),
+            heading(record),
+            table(sweep_rows(record), [WIDTH * 0.2] * 5),
+            Spacer(1, 6),
+            *([own, Spacer(1, 6)] if record["chosen"] else []),
             text(explanation(record)),
-            *(text(line) for line in chosen_lines(record)),
         ),
-        *section("What this is made of", *(text(line) for line in origin), Spacer(1, 4), pairs(settings)),
+        *section("What this is made of", pairs(settings)),
     ]
     return build_pdf(record["scenario"], "How far can it be pruned?", story)
 
@@ -200,17 +203,17 @@ def png_sweep(record: Record) -> bytes:
 
 def sweep_chart(record: Record) -> Drawing:
     """Accuracy over the parameters and over the multiply-accumulates that were removed, side by side."""
-    drawing = Drawing(WIDTH, 92 * mm)
+    drawing = Drawing(WIDTH, 86 * mm)
     width, left = WIDTH / 2, 9 * mm
     for column, cost in enumerate(_COSTS):
         plot = _panel(record, cost)
         plot.x, plot.y = column * width + left, 13 * mm
-        plot.width, plot.height = width - left - 3 * mm, drawing.height - 13 * mm - 22 * mm
+        plot.width, plot.height = width - left - 3 * mm, drawing.height - 13 * mm - 16 * mm
         drawing.add(plot)
         title, unit, _ = _COSTS[cost]
-        drawing.add(String(plot.x - left, plot.y + plot.height + 8, "Accuracy (%)", fontName=FONT, fontSize=7))
+        drawing.add(String(plot.x - left, plot.y + plot.height + 7, "Accuracy (%)", fontName=FONT, fontSize=7))
         middle = plot.x + plot.width / 2
-        caption = f"{title}: removed (%), and below it left ({unit})"
+        caption = f"{title} removed (%); below: left ({unit})"
         drawing.add(String(middle, 3, caption, fontName=FONT, fontSize=7, textAnchor="middle"))
     _add_legend(drawing, record)
     return drawing
@@ -227,7 +230,7 @@ def _panel(record: Record, cost: str) -> LinePlot:
     stars = [[place(network)] for network in record["chosen"]]
     furthest = max(x for line in (*lines, *stars) for x, _ in line)
     step = 10 if furthest > 25 else 5
-    end = step * math.ceil(furthest / step)
+    end = step * math.ceil(furthest / step - 0.1)  # 70.1% is 70% well enough
     plot.data = [[(0, original["accuracy_percent"]), (end, original["accuracy_percent"])], *lines, *stars]
     markers = [(GREY, (4, 3), None), *_STYLES.values()]
     for number, (color, dashes, marker) in enumerate(markers):
@@ -244,7 +247,8 @@ def _panel(record: Record, cost: str) -> LinePlot:
     plot.yValueAxis.labelTextFormat = "%d"
     plot.yValueAxis.visibleGrid, plot.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
     plot.xValueAxis.valueMin, plot.xValueAxis.valueMax, plot.xValueAxis.valueStep = 0, end, step
-    plot.xValueAxis.labelTextFormat = lambda gone: f"{gone:.0f}\n{original[cost] * (1 - gone / 100) / scale:.3g}"
+    plot.xValueAxis.labels.textAnchor = "middle"
+    plot.xValueAxis.labelTextFormat = lambda gone: f"{gone:.0f}\n{original[cost] * (1 - gone / 100) / scale:#.3g}"
     for axis in (plot.xValueAxis, plot.yValueAxis):
         axis.labels.fontName, axis.labels.fontSize = FONT, 6.5
         axis.strokeColor = GREY
@@ -280,9 +284,15 @@ def _marker(kind: str, color: Any) -> Any:
 
 def _star(network: Record) -> Any:
     """Filled once it is fine-tuned."""
-    color = _STYLES[network["criterion"]][0]
-    filled = color if network["stage"] == "fine_tuned" else colors.white
-    return makeMarker("FilledStarFive", size=11, fillColor=filled, strokeColor=colors.black, strokeWidth=0.5)
+    color, tuned = _STYLES[network["criterion"]][0], network["stage"] == "fine_tuned"
+    filled, edge = (color, colors.black) if tuned else (colors.white, color)
+    return makeMarker("FilledStarFive", size=11, fillColor=filled, strokeColor=edge, strokeWidth=0.5 if tuned else 1.2)
+
+
+def _lines(rows: list[list[str]], widths: tuple[int, ...]) -> list[str]:
+    """A table as text, its first row as its heading."""
+    lines = [f"{row[0]:<{widths[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:])) for row in rows]
+    return [lines[0], "-" * _WIDTH, *lines[1:], "-" * _WIDTH]
 
 
 def _points(record: Record, name: str) -> list[Record]:

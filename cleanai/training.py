@@ -111,7 +111,7 @@ def fine_tune(
 def train(
     network: nn.Module, images: Images, compute: Compute, epochs: int, batch_size: int, lr: float, seed: int
 ) -> None:
-    """The training of `fine_tune` alone, in place: it writes nothing, and measures and prints nothing between epochs."""
+    """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
     step = TrainingStep(network, images.train, compute)
     for epoch in range(1, epochs + 1):
         _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
