@@ -19,7 +19,7 @@ from tests.scripts import fails, prepare, run, start
 
 SCRIPT = "TS1_04_compare_methods.py"
 RATIOS = [0.2, 0.5]
-OPTIONS = ["--sweep", "--dataset", "Digits", "--ratios", "0.2", "0.5", "--calibration-batches", "2", "--batch-size", "16"]
+OPTIONS = ["--sweep", "--dataset", "Digits", "--ratios", *RATIOS, "--calibration-batches", "2", "--batch-size", "16"]
 
 
 @pytest.fixture(scope="module")
