@@ -14,6 +14,7 @@ from reportlab.graphics.widgets.markers import makeMarker
 from reportlab.lib import colors
 from reportlab.lib.units import mm
 from reportlab.lib.utils import simpleSplit
+from reportlab.pdfbase.pdfmetrics import stringWidth
 from reportlab.platypus import Spacer
 
 from cleanai.charts import BOLD, DARK, FONT, GREY, LIGHT, WIDTH
@@ -258,18 +259,20 @@ def _panel(record: Record, cost: str) -> LinePlot:
 def _add_legend(drawing: Drawing, record: Record) -> None:
     """Two rows at the top: the lines, and the stars."""
     lines = [*_STYLES.items(), ("original network", (GREY, (4, 3), None))]
-    for number, (name, (color, dashes, marker)) in enumerate(lines):
-        x, y = number * drawing.width / len(lines), drawing.height - 6
+    x, y = 0.0, drawing.height - 6
+    for name, (color, dashes, marker) in lines:
         width = 1.5 if marker else 0.8
         drawing.add(Line(x, y, x + 24, y, strokeColor=color, strokeWidth=width, strokeDashArray=dashes))
         if marker:
             _add_marker(drawing, _marker(marker, color), x + 12, y)
         drawing.add(String(x + 29, y - 2.5, name, fontName=FONT, fontSize=7))
-    for number, network in enumerate(record["chosen"]):
-        x, y = number * drawing.width / 4, drawing.height - 20
+        x += 29 + stringWidth(name, FONT, 7) + 14
+    x, y = 0.0, drawing.height - 20
+    for network in record["chosen"]:
         _add_marker(drawing, _star(network), x + 12, y)
         name = f"{network['criterion']}, {_STAGES[network['stage']]}"
-        drawing.add(String(x + 20, y - 2.5, name, fontName=FONT, fontSize=7))
+        drawing.add(String(x + 21, y - 2.5, name, fontName=FONT, fontSize=7))
+        x += 21 + stringWidth(name, FONT, 7) + 8
 
 
 def _add_marker(drawing: Drawing, marker: Any, x: float, y: float) -> None:

@@ -71,7 +71,7 @@ def show_sweep(args, scenario):
     with only_run(scenario):
         record = None if args.fresh else find_record(scenario.record, args.config)
         if record:
-            print(f"Already finished; its record is {scenario.record} (--fresh starts over)\n")
+            print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
         else:
             record = sweep(args, scenario)
         record["chosen"] = chosen_networks(scenario, args.config["fine_tuned_model"])
@@ -81,7 +81,7 @@ def show_sweep(args, scenario):
         write_bytes(scenario.table, sweep_csv(record).encode("utf-8"))
         write_record(scenario.record, record)  # last: it marks the sweep as finished
         remove_file(scenario.resume)
-    print(f"{sweep_text(record)}\n\nReport: {scenario.report}\nPicture: {scenario.picture}")
+    print(f"\n{sweep_text(record)}\n\nReport: {scenario.report}\nPicture: {scenario.picture}")
     print(f"Table: {scenario.table}\nRecord: {scenario.record}")
 
 
