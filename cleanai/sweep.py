@@ -69,8 +69,8 @@ def measure_sweep(
                     torch.manual_seed(seed)
                     fine_tune(pruned)
             points[key] = {"criterion": name, "ratio": ratios[step - 1], **measure_network(pruned, test, compute)}
-            say(f"{name}, {100 * ratios[step - 1]:g}% removed: accuracy {points[key]['accuracy_percent']:.2f}%")
             keep(list(points.values()))
+            say(f"{name}, {100 * ratios[step - 1]:g}% removed: accuracy {points[key]['accuracy_percent']:.2f}%")
             if not before:
                 tick()
 

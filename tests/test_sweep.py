@@ -19,7 +19,7 @@ from tests.scripts import fails, prepare, run, start
 
 SCRIPT = "TS1_04_compare_methods.py"
 RATIOS = [0.2, 0.5]
-OPTIONS = ["--sweep", "--dataset", "Digits", "--ratios", *RATIOS, "--calibration-batches", "2", "--batch-size", "16"]
+OPTIONS = ["--sweep", "--dataset", "Digits", "--ratios", "0.5", "--calibration-batches", "2", "--batch-size", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_is_shown(tmp_path):
     options = [*OPTIONS, "--epochs", "1", "--train-samples", "64", "--checkpoints-dir", folder]
 
     process = start(SCRIPT, *options, PYTHONUNBUFFERED="1")
-    while "WANDA, 20% removed" not in (line := process.stdout.readline()):
+    while "WANDA, 50% removed" not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
     process.kill()
     process.communicate()
@@ -256,7 +256,7 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_is_shown(tmp_path):
     assert f"Going on after {len(kept)} networks" in finished.stdout
     record = json.loads(files.record.read_text(encoding="utf-8"))
     assert record["points"][: len(kept)] == kept
-    assert len(record["points"]) == len(RATIOS) * len(CRITERIA)
+    assert len(record["points"]) == len(CRITERIA)
     assert record["config"]["fine_tuned_model"] == file_digest(files.fine_tuned)
     names = sorted(path.name for path in files.folder.rglob("*") if path.is_file())
     assert names == [f"TS1_Comparison_ResNet18_Digits_sweep.{suffix}" for suffix in ("csv", "json", "pdf", "png")]
