@@ -83,6 +83,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "type": _share("same"),
         "help": "share of the multiply-accumulates to remove: a number, the same as --ratio, or none",
     },
+    "ratios": {
+        "type": _between(0, 1),
+        "nargs": "+",
+        "help": "rising shares of the parameters, and of the multiply-accumulates, to remove; each is one step "
+        "from the one before it",
+    },
     "steps": {"type": _whole(1), "help": "prune in that many steps, measuring the channels anew at each"},
     "round_to": {
         "type": _whole(1),
@@ -128,15 +134,23 @@ _COMMON: dict[str, dict[str, Any]] = {
         "default": "none",
         "help": "onnx writes the final model as ONNX too and times it in ONNX Runtime; works on a finished run as well",
     },
+    "sweep": {
+        "action": "store_true",
+        "help": "prune the fine-tuned model at several ratios by both criteria, by L2 magnitude and at random, and "
+        "draw the accuracies; an interrupted sweep keeps what it measured, and prunes again from the first ratio of "
+        "the criterion it was at",
+    },
     "fresh": {"action": "store_true", "help": "start over: delete what this script made before for this dataset"},
 }
 # Options of the scripts that have another one.
 _ONLY_WITH = {
     "models_dir": "weights",
     "export": "ratio",
+    "sweep": "ratios",
     **dict.fromkeys(("device", "data_dir", "fresh"), "precision"),
     **dict.fromkeys(("cuda_graph", "deterministic"), "lr"),
 }
+_WITHOUT_SWEEP = ("dataset", "checkpoints_dir", "sweep")  # all that comparing takes; the others are for --sweep
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
@@ -155,11 +169,18 @@ def parse(description: str, **defaults: Any) -> Options:
     parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
     common = {name: option for name, option in _COMMON.items() if _ONLY_WITH.get(name) in {None, *defaults}}
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
+    if defaults.get("epochs") == 0:  # where training is a choice
+        options["epochs"]["type"] = _whole(0)
+    for_sweep = parser
+    if "ratios" in defaults:
+        for_sweep = parser.add_argument_group("with --sweep", "Fine-tuning is that of each network, at each ratio.")
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
-        shown = nothing if option.get("default") is None else "%(default)s"
+        default = option.get("default")
+        shown = nothing if default is None else " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
         text = option["help"] if "action" in option else f"{option['help']} (default: {shown})"
-        parser.add_argument("--" + name.replace("_", "-"), **{**option, "help": text})
+        group = parser if name in _WITHOUT_SWEEP else for_sweep
+        group.add_argument(_flag(name), **{**option, "help": text})
     args = parser.parse_args(namespace=Options())
     if "ratio" in defaults:
         args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
@@ -167,6 +188,13 @@ def parse(description: str, **defaults: Any) -> Options:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
         if args.export == "onnx":
             _require_export_packages()
+    if "ratios" in defaults:
+        others = (_flag(name) for name in options if name not in _WITHOUT_SWEEP)
+        unused = [flag for flag in others if any(given.split("=")[0] == flag for given in sys.argv[1:])]
+        if unused and not args.sweep:
+            parser.error(f"argument {unused[0]}: is for --sweep")
+        if args.ratios != sorted(set(args.ratios)):
+            parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} do not rise one after the other")
     processes = distributed.processes()
     if "lr" in defaults and args.cuda_graph and args.deterministic:
         parser.error("argument --deterministic: not together with --cuda-graph")
@@ -174,6 +202,10 @@ def parse(description: str, **defaults: Any) -> Options:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
     args.config = {name: getattr(args, name) for name in defaults}
     return args
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _require_export_packages() -> None:

@@ -16,10 +16,22 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.groups import Group, find_groups, sound_groups
 from cleanai.importance import ActivationImportance
+from cleanai.progress import say
 from cleanai.reconstruction import output_errors, reconstruct
 from cleanai.repair import recalibrate
 
 ROUND_TO = (32, 16, 8)  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
+
+
+class BudgetMissed(UserError):
+    """Shares that a network cannot be rid of; `nearest` says which it can."""
+
+    def __init__(self, asked: str, nearest: str) -> None:
+        super().__init__(
+            f"{asked} cannot be met in this network: the nearest is {nearest}. Ask for that, leave one free with none, "
+            "or try --round-to 1"
+        )
+        self.nearest = nearest
 
 
 def prune_to_budget(
@@ -30,7 +42,7 @@ def prune_to_budget(
     compute: Compute,
     parameters_ratio: float | None,
     macs_ratio: float | None,
-    steps: int,
+    steps: int | Sequence[float],
     batch_size: int,
     round_to: Sequence[int] = ROUND_TO,
     repair: str = "full",
@@ -44,7 +56,7 @@ def prune_to_budget(
     (see `_losses`): first for the whole way, then for the part of it that the step goes. With `repair` "full"
     these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
     "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
-    puts out keeps its width.
+    puts out keeps its width. Instead of their number, `steps` can be the part of the way done after each, the last 1.
 
     Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
     before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
@@ -59,7 +71,9 @@ def prune_to_budget(
         raise UserError(f"{type(network).__name__} has no channels that can be removed")
     shares = (parameters_ratio, macs_ratio)
     achieved = []
-    for step in range(1, steps + 1):
+    parts = [step / steps for step in range(1, steps + 1)] if isinstance(steps, int) else steps
+    steps = len(parts)
+    for step, part in enumerate(parts, 1):
         started, title = time.perf_counter(), f"Step {step}/{steps}, "
         graph, groups = _groups(network, example, sound)
         costs = Costs(network, groups, example)
@@ -70,7 +84,7 @@ def prune_to_budget(
             multiple, planned = _first_plan(groups, least, round_to, costs, goal)
             _require(shares, before, costs(planned))
         cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
-        asked = [None if share is None else share * step / steps for share in shares]
+        asked = [None if share is None else share * part for share in shares]
 
         if isinstance(importance, ActivationImportance):
             importance.statistics = record_statistics(
@@ -187,10 +201,8 @@ def _require(shares: tuple[float | None, float | None], before: torch.Tensor, ne
     if Budget.removing(before, *shares).missed(nearest, before) > 0:
         asked = " ".join(f"{name} {share:g}" for name, share in zip(("--ratio", "--macs-ratio"), shares) if share)
         parameters, macs = (100 * (1 - nearest / before)).tolist()
-        raise UserError(
-            f"{asked} cannot be met in this network: the nearest is {parameters:.2f}% of the parameters and "
-            f"{macs:.2f}% of the multiply-accumulates. Ask for that, leave one free with none, or try --round-to 1"
-        )
+        can = f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates"
+        raise BudgetMissed(asked, can)
 
 
 def _report(
@@ -200,7 +212,7 @@ def _report(
         f"{100 * went:.2f}% of the {name} removed ({'left free' if share is None else f'{100 * share:.2f}% asked'})"
         for name, share, went in zip(("parameters", "multiply-accumulates"), asked, removed)
     ]
-    print(f"Step {step}/{steps}: {', '.join(shown)}, {seconds:.0f} s")
+    say(f"Step {step}/{steps}: {', '.join(shown)}, {seconds:.0f} s")
     return {
         f"{name}_{what}_percent": None if share is None else 100 * share
         for what, values in (("asked", asked), ("removed", removed))

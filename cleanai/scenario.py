@@ -145,3 +145,31 @@ class Scenario:
     def _trained(self, stage: str) -> Path:
         tag = f"FTAP_{METHOD_TAGS[self.method]}" if self.method else "FT"
         return self.folder / f"{self.model}_{self.dataset}_{tag}_{stage}.pth"
+
+
+@dataclass(frozen=True)
+class SweepScenario(Scenario):
+    """Where the sweep of a comparison writes: into the comparison's folder, under names that end in _sweep."""
+
+    @property
+    def name(self) -> str:
+        """For example TS1_Comparison_ResNet18_CIFAR10_sweep."""
+        return f"{super().name}_sweep"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the comparison."""
+        return self.checkpoints_dir / super().name
+
+    @property
+    def picture(self) -> Path:
+        """What the report shows, as PNG."""
+        return self.report.with_suffix(".png")
+
+    @property
+    def resume(self) -> Path:
+        """The points that an interrupted sweep has measured; removed when it is done."""
+        return self.record.with_name(f"{self.name}_resume.json")
+
+    def _outputs(self) -> list[Path]:
+        return [self.record, self.report, self.table, self.picture, self.resume]

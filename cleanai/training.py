@@ -108,6 +108,15 @@ def fine_tune(
     return history, test
 
 
+def train(
+    network: nn.Module, images: Images, compute: Compute, epochs: int, batch_size: int, lr: float, seed: int
+) -> None:
+    """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
+    step = TrainingStep(network, images.train, compute)
+    for epoch in range(1, epochs + 1):
+        _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
+
+
 def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute, batch_size: int) -> float:
     """The time one epoch will take, from a few steps of a copy of the network."""
     step = TrainingStep(copy.deepcopy(network).train(), images.train, compute)

@@ -226,8 +226,10 @@ def test_a_damaged_record_is_named_and_nothing_is_written(told, tmp_path, damage
     assert not scenario(tmp_path).folder.exists()
 
 
-def test_help_holds_the_options_that_it_takes_and_no_others():
-    text = run(SCRIPT, "--help").stdout
-    assert "--dataset" in text and "--checkpoints-dir" in text
-    for option in ("--fresh", "--device", "--epochs", "--data-dir DATA_DIR"):
-        assert option not in text
+def test_help_holds_the_options_that_it_takes_and_sets_those_of_the_sweep_apart():
+    text, of_the_sweep = run(SCRIPT, "--help").stdout.split("\nwith --sweep:")
+    options = text.split("\noptions:")[1]
+    for option in ("--dataset", "--checkpoints-dir", "--sweep"):
+        assert f"\n  {option}" in options and f"\n  {option}" not in of_the_sweep
+    for option in ("--ratios", "--fresh", "--device", "--epochs", "--data-dir"):
+        assert f"\n  {option}" in of_the_sweep and f"\n  {option}" not in options

@@ -11,7 +11,7 @@ from cleanai.evaluation import evaluate
 from cleanai.models import load_network, resnet18_for_small_images
 from cleanai.scenario import Scenario
 from cleanai.steps import TrainingStep
-from cleanai.training import fine_tune, learning_rate
+from cleanai.training import fine_tune, learning_rate, train
 
 FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 6}}
 SETTINGS = {"epochs": 6, "batch_size": 16, "lr": 0.001, "seed": 0}
@@ -54,6 +54,13 @@ def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute)
     assert result.accuracy_percent == pytest.approx(100 * hits.double().mean().item())
     loss = torch.nn.functional.cross_entropy(outputs, digits.test.labels).item()
     assert result.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_training_without_files_is_the_same_training(start, few, compute, tmp_path):
+    other, settings = copy.deepcopy(start), {**SETTINGS, "epochs": 2}
+    fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **settings)
+    train(other, few, compute, **settings)
+    torch.testing.assert_close(dict(other.state_dict()), dict(start.state_dict()))
 
 
 def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
