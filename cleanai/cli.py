@@ -177,7 +177,8 @@ def parse(description: str, **defaults: Any) -> Options:
     for name, option in options.items():
         nothing = "none" if "ratio" in name else "all"
         default = option.get("default")
-        shown = nothing if default is None else " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
+        several = " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
+        shown = nothing if default is None else several
         text = option["help"] if "action" in option else f"{option['help']} (default: {shown})"
         group = parser if name in _WITHOUT_SWEEP else for_sweep
         group.add_argument(_flag(name), **{**option, "help": text})
