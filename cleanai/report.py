@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from reportlab.platypus import Spacer, Table
 
-from cleanai.charts import WIDTH, accuracy_chart, channels_chart
+from cleanai.charts import WIDTH, epochs_chart, latency_chart, layers_chart
+from cleanai.checkpoints import write_record
 from cleanai.files import write_bytes
-from cleanai.layout import build_pdf, pairs, section, table, text, warning
+from cleanai.layout import build_pdf, lead, pairs, pictures, section, table, text, warning
+from cleanai.scenario import Scenario
 from cleanai.tables import (
     MODELS,
     TITLES,
@@ -21,6 +24,21 @@ from cleanai.tables import (
     summary_rows,
 )
 
+_MOST_CLASSES = 20  # in the table of classes
+_CRITERIA = {
+    "nc": "NC: neurons active for at least one image",
+    "kmnc": "KMNC: of 1,000 sections of each neuron's range",
+    "nbc": "NBC: of the sides beyond each neuron's range",
+    "snac": "SNAC: neurons driven above their range",
+    "tknc": "TKNC: neurons among the top 3 of their layer",
+}
+
+
+def write_results(scenario: Scenario, record: Record) -> None:
+    """Write the report of a pruning script, and then its record, which marks the run as finished."""
+    write_report(scenario.report, record)
+    write_record(scenario.record, record)
+
 
 def write_report(path: Path, record: Record) -> None:
     """Write the report of a pruning script as a PDF."""
@@ -28,45 +46,209 @@ def write_report(path: Path, record: Record) -> None:
 
 
 def pdf_report(record: Record) -> bytes:
-    """The report of a pruning script as the bytes of a PDF."""
+    """The report of a pruning script as the bytes of a PDF.
+
+    Records of earlier versions lack some parts; their reports do without the sections on them.
+    """
     method = TITLES[record["method"]].title().replace("Wanda", "WANDA")
-    story = [
+    opening = [
         text(_what_was_done(record)),
         *(warning(content) for content in record.get("warnings", [])),
-        *section("Result", _comparison(record)),
-        *section("Summary", pairs(summary_rows(record), numbers=True)),
-        *section(
-            "Accuracy over the epochs of fine-tuning",
-            accuracy_chart(record),
-            Spacer(1, 4),
-            text(_accuracy_note(record)),
-        ),
-        *section("Channels per layer, before and after pruning", channels_chart(record)),
-        *section("What each pruning step removed", _steps(record)),
-        *section("Configuration", pairs(_configuration(record), abreast=2)),
-        *section("Dataset and machine", pairs(_provenance(record))),
+        *section("In short", *(lead(sentence) for sentence in _answer(record)), text(_CHANCE)),
+        *section("Result", _comparison(record), Spacer(1, 6), pairs(summary_rows(record), numbers=True)),
     ]
-    return build_pdf(record["scenario"], method, story)
+    story = [
+        *section("Accuracy and loss over the epochs of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
+        *section("Where channels, parameters and arithmetic went", *_layers(record)),
+        *(section("Test coverage", *_coverage(record)) if "coverage" in record else []),
+        *(section("Accuracy per class", *_classes(record)) if "classes" in record else []),
+        *(_newly_wrong(record) if record.get("newly_wrong") else []),
+        *section("Inference time", *_latency(record)),
+        *section("Configuration", pairs(_configuration(record), abreast=2)),
+        *section("Dataset, machine and files", pairs(_provenance(record))),
+        *(section("To repeat it", *map(text, record["commands"])) if "commands" in record else []),
+    ]
+    return build_pdf(record["scenario"], method, story, opening)
+
+
+_CHANCE = (
+    "The chance meant is that of other test images. Training again with another seed gives other networks; how far "
+    "those would differ is not measured here."
+)
+
+
+def _what_was_done(record: Record) -> str:
+    config, dataset = record["config"], record["dataset"]
+    return (
+        f"{record['scenario']}: {asked_for(config)} removed in "
+        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
+        f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
+        f"Original network: {prepared_with(record)}."
+    )
+
+
+def _answer(record: Record) -> list[str]:
+    """What it cost, what it gained, and whether the cost is more than chance: a sentence each."""
+    original, final, summary = record["models"]["original"], record["models"]["fine_tuned"], record["summary"]
+    before, after = original["accuracy_heldout_percent"], final["accuracy_heldout_percent"]
+    dataset = record["dataset"]
+    heldout = dataset["test_images"] - dataset["calibration_images"]
+    verb = "lost" if after < before else "gained" if after > before else "kept"
+    change = "its accuracy" if verb == "kept" else f"{abs(after - before):.2f} points of accuracy"
+    return [
+        f"Pruned and fine-tuned, the network {verb} {change}: it recognises {after:.2f}% of the "
+        f"{heldout:,} held-out test images, and recognised {before:.2f}% before.",
+        f"It has {summary['parameter_reduction_percent']:.1f}% fewer parameters, takes "
+        f"{final['size_mib']:.1f} MB instead of {original['size_mib']:.1f} MB, does with "
+        f"{summary['macs_reduction_percent']:.1f}% less arithmetic, and is {summary['speedup']:.2f} times as fast on "
+        f"single images ({final['latency_ms']['mean']:.2f} ms instead of {original['latency_ms']['mean']:.2f} ms).",
+        _beyond_chance(record),
+    ]
+
+
+def _beyond_chance(record: Record) -> str:
+    from cleanai.comparison import heldout_flags  # these take a while to import: when there is a report to make
+    from cleanai.significance import LEVEL, compare_paired, shown_p
+
+    flags = heldout_flags(record)
+    if flags is None:
+        return "Its record does not tell whether the difference in accuracy is more than chance."
+    tested = compare_paired(flags["original"], flags["fine_tuned"])
+    low, high = tested["interval_points"]
+    return (
+        f"The difference in accuracy is {'more' if tested['p_value'] < LEVEL else 'no more'} than chance would make: "
+        f"only the original recognises {tested['only_first']:,} of these images, only the final network "
+        f"{tested['only_second']:,} (McNemar's test, {shown_p(tested['p_value'])}; 95% interval of the difference "
+        f"{low:+.2f} to {high:+.2f} points)."
+    )
 
 
 def _comparison(record: Record) -> Table:
     rows = [["Metric", *MODELS.values()], *([label, *values] for label, values in comparison_rows(record))]
-    latencies = [record["models"][name]["latency_ms"] for name in MODELS]
-    for key in ("p50", "p90", "p99"):
-        rows.append([f"Inference time, {key} (ms)", *(f"{latency[key]:.2f}" for latency in latencies)])
     return table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
 
 
-def _steps(record: Record) -> Table:
-    rows = [["Step", "Parameters: asked (%)", "removed (%)", "FLOPs: asked (%)", "removed (%)"]]
-    keys = ("parameters_asked_percent", "parameters_removed_percent", "macs_asked_percent", "macs_removed_percent")
-    for number, step in enumerate(record["pruning"]["steps"], 1):
-        rows.append([str(number), *("-" if step[key] is None else f"{step[key]:.2f}" for key in keys)])
-    return table(rows, [WIDTH * share for share in (0.1, 0.27, 0.18, 0.27, 0.18)])
+def _epochs_note(record: Record) -> str:
+    return (
+        f"Epoch 0 is the pruned network: test accuracy {repair_stages(record['pruning'])}. Training images are "
+        "shifted and mirrored at random, and measured while the network learns."
+    )
+
+
+def _layers(record: Record) -> list[Any]:
+    """What each layer had and has; the names of layers are the same in both parts of a record."""
+    widths = record["pruning"]["layers"]
+    names = [layer["name"] for layer in widths]
+    panels = {"Output channels": _before_and_after(widths, "channels", 1)}
+    if "layers" not in record:
+        return [layers_chart(names, panels)]
+    costs = record["layers"]
+    panels["Parameters (thousands)"] = _before_and_after(costs, "parameters", 1e3)
+    panels["Multiply-accumulates for one image (millions)"] = _before_and_after(costs, "macs", 1e6)
+    most = " ".join(
+        f"Most of the {what} went from {_most_gone(record, key)}."
+        for key, what in (("parameters", "parameters"), ("macs", "multiply-accumulates"))
+    )
+    return [layers_chart(names, panels), text(f"{most} Batch norm and pooling, which hold little, are not drawn.")]
+
+
+def _before_and_after(layers: list[Record], key: str, unit: float) -> dict[str, list[float]]:
+    return {when: [layer[f"{key}_{when.lower()}"] / unit for layer in layers] for when in ("Before", "After")}
+
+
+def _most_gone(record: Record, key: str) -> str:
+    """The three layers that gave most, each with its part in all that went."""
+    gone = {layer["name"]: layer[f"{key}_before"] - layer[f"{key}_after"] for layer in record["layers"]}
+    total = record["models"]["original"][key] - record["models"]["fine_tuned"][key]
+    most = sorted(gone, key=lambda name: -gone[name])[:3]
+    return ", ".join(f"{name} ({100 * gone[name] / total:.0f}%)" for name in most)
+
+
+def _coverage(record: Record) -> list[Any]:
+    coverage = record["coverage"]
+    models = [coverage["models"][name] for name in MODELS]
+    rows = [["Coverage (%)", *MODELS.values(), "Change (points)"]]
+    rows += [[label, *_with_change([model[f"{key}_percent"] for model in models])] for key, label in _CRITERIA.items()]
+    rows.append(["Neurons", *(f"{model['neurons']:,}" for model in models), ""])
+    read = [model["layers"][:-1] for model in models]  # the last one's outputs are the classes
+    panels = {
+        title: {name: [layer[key] for layer in layers] for name, layers in zip(MODELS.values(), read)}
+        for title, key in (
+            ("Share of channels active for at least one image (%)", "nc_percent"),
+            ("Mean normalised coverage (%)", "normalized_mean_percent"),
+        )
+    }
+    return [
+        text(
+            "How much of what each network can do the test images make it do. It says how thoroughly these images "
+            "exercise a network, not how good that is: where coverage has not fallen, they test the pruned network as "
+            "thoroughly as the original one."
+        ),
+        Spacer(1, 4),
+        table(rows, [WIDTH * share for share in (0.4, 0.15, 0.15, 0.16, 0.14)]),
+        Spacer(1, 8),
+        layers_chart([layer["name"] for layer in read[0]], panels),
+        text(
+            f"Measured on {coverage['images']:,} of the calibration images. A neuron is one channel of a layer's "
+            "output, its value the mean over all positions; the output is named after the first layer that reads it. "
+            f"Active: above {coverage['threshold']:g} when the layer's values for an image are brought to [0, 1]. "
+            f"Range: what this network's neuron did on {coverage['profile_images']:,} training images. Normalised "
+            "coverage: a channel's mean absolute value over that of the layer's busiest channel."
+        ),
+    ]
+
+
+def _with_change(values: list[float]) -> list[str]:
+    return [*(f"{value:.2f}" for value in values), f"{values[-1] - values[0]:+.2f}"]
+
+
+def _classes(record: Record) -> list[Any]:
+    classes = sorted(record["classes"], key=lambda row: row["fine_tuned_percent"] - row["original_percent"])
+    rows = [["Class", *MODELS.values(), "Change (points)", "Images", "Newly wrong", "Newly right"]]
+    for row in classes[:_MOST_CLASSES]:
+        counts = [f"{row[key]:,}" for key in ("images", "newly_wrong", "newly_right")]
+        rows.append([row["name"], *_with_change([row[f"{name}_percent"] for name in MODELS]), *counts])
+    shown = "" if len(classes) <= _MOST_CLASSES else f" The {_MOST_CLASSES} of {len(classes)} classes that lost most."
+    return [
+        text(
+            "Accuracy (%) on all test images, the class that lost most first. Newly wrong: images that the original "
+            f"network recognised and the final one does not; newly right: the reverse.{shown}"
+        ),
+        Spacer(1, 4),
+        table(rows, [WIDTH * share for share in (0.2, 0.12, 0.12, 0.14, 0.12, 0.1, 0.1, 0.1)]),
+    ]
+
+
+def _newly_wrong(record: Record) -> list[Any]:
+    shown = [(each["png_base64"], f"{each['class']}, taken for {each['taken_for']}") for each in record["newly_wrong"]]
+    return section(
+        "Images that are newly wrong",
+        text("From the classes that changed most to the worse, the first such images in the order of the test set."),
+        Spacer(1, 4),
+        pictures(shown, abreast=6),
+    )
+
+
+def _latency(record: Record) -> list[Any]:
+    models = record["models"]
+    rows = [["Time for one image (ms)", *MODELS.values()]]
+    for key, label in (("p50", "Median"), ("p90", "90% of the calls took at most"), ("p99", "99%")):
+        rows.append([label, *(f"{models[name]['latency_ms'][key]:.2f}" for name in MODELS)])
+    rows = table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
+    if any("latency_quantiles_ms" not in models[name] for name in MODELS):
+        return [rows]
+    quantiles = {title: models[name]["latency_quantiles_ms"] for name, title in MODELS.items()}
+    note = (
+        f"{models['original']['latency_ms']['n']} calls of each network, in turns, in float32; the fastest and the "
+        "slowest 2% of them are not drawn. The further left a curve, the faster the network; the steeper, the steadier."
+    )
+    return [latency_chart(quantiles), text(note), Spacer(1, 4), rows]
 
 
 def _configuration(record: Record) -> list[tuple[str, str]]:
     config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
+    if "checkpoints" in record:  # where the whole hash stands
+        del config["fine_tuned_model"]
     names = {
         "ratio": "Ratio of parameters",
         "macs_ratio": "Ratio of FLOPs",
@@ -99,23 +281,4 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
         timed = f"timed in float32 by ONNX Runtime {export['onnxruntime']} and by PyTorch on {export['device']}"
         threads = counted(export["cpu_threads"], "thread")
         rows.append(("ONNX", f"{export['file']}: {exported_as(export)}; {timed}, {threads}"))
-    return rows
-
-
-def _what_was_done(record: Record) -> str:
-    config, dataset = record["config"], record["dataset"]
-    return (
-        f"{record['scenario']}: {asked_for(config)} removed in "
-        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
-        f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
-        f"Original network: {prepared_with(record)}."
-    )
-
-
-def _accuracy_note(record: Record) -> str:
-    models = record["models"]
-    return (
-        f"Test accuracy: {models['original']['accuracy_percent']:.2f}% before pruning; after it "
-        f"{repair_stages(record['pruning'])}: epoch 0 of the curve; {models['fine_tuned']['accuracy_percent']:.2f}% "
-        "after fine-tuning. Training accuracy is measured on augmented images while the network learns."
-    )
+    return [*rows, *((f"SHA-256 of {name}", digest) for name, digest in record.get("checkpoints", {}).items())]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cleanai import UserError, distributed
 
@@ -18,6 +19,9 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
+
+
+_NO_OPTIONS = ("dataset", "fine_tuned_model", "conditions")  # of a config: what is told elsewhere, or found out
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -71,11 +75,12 @@ class Scenario:
             require_known_dataset(self.dataset, data_dir)
             raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.command(script)}")
 
-    def command(self, script: str) -> str:
-        """The command that runs another script of this scenario on the same dataset and folder."""
+    def command(self, script: str, config: dict[str, Any] | None = None) -> str:
+        """The command that runs a script of this scenario on the same dataset and folder, with these settings."""
         dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
-        return f"python test_scenarios/{script}{dataset}{folder}"
+        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_OPTIONS)
+        return f"python test_scenarios/{script}{dataset}{folder}{settings}"
 
     @property
     def pruned(self) -> Path:
@@ -90,6 +95,11 @@ class Scenario:
     def final(self) -> Path:
         """The network this script ends with."""
         return self._trained("final")
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """The three networks that a pruning script compares."""
+        return {"original": self.fine_tuned, "pruned": self.pruned, "fine_tuned": self.final}
 
     @property
     def exported(self) -> Path:
@@ -145,3 +155,13 @@ class Scenario:
     def _trained(self, stage: str) -> Path:
         tag = f"FTAP_{METHOD_TAGS[self.method]}" if self.method else "FT"
         return self.folder / f"{self.model}_{self.dataset}_{tag}_{stage}.pth"
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as it is given on the command line; nothing for one that was left out."""
+    option = f" --{name.replace('_', '-')}"
+    if value is None and "ratio" in name:
+        return f"{option} none"
+    if value is None or value is False:
+        return ""
+    return option if value is True else f"{option} {value}"
