@@ -1,7 +1,7 @@
 """The charts of the report, with its fonts, colours and measures; made from a record alone."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterable
 
 from reportlab.graphics.charts.barcharts import VerticalBarChart
 from reportlab.graphics.charts.legends import Legend
@@ -11,6 +11,7 @@ from reportlab.graphics.widgets.markers import makeMarker
 from reportlab.lib import colors
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.units import mm
+from reportlab.lib.validators import Auto
 
 from cleanai.tables import Record
 
@@ -47,7 +48,7 @@ def epochs_chart(record: Record) -> Drawing:
         chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0, len(history)
         chart.xValueAxis.valueStep = max(1, -(-len(history) // 10))
         chart.xValueAxis.labelTextFormat = "%d"
-    drawing.add(_legend(list(zip((DARK, LIGHT, GREY), lines)), drawing))
+    _legend(drawing, chart, lines)
     return drawing
 
 
@@ -66,8 +67,8 @@ def latency_chart(quantiles_ms: dict[str, list[float]]) -> Drawing:
     fastest, slowest = min(map(min, quantiles_ms.values())), max(map(max, quantiles_ms.values()))
     chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0.95 * fastest, 1.02 * slowest
     chart.xValueAxis.maximumTicks = 10
-    chart.xValueAxis.labelTextFormat = "%.1f" if slowest - fastest > 1 else "%.2f"
-    drawing.add(_legend(list(zip((GREY, LIGHT, DARK), quantiles_ms)), drawing))
+    chart.xValueAxis.labelTextFormat = "%.2f" if slowest - fastest < 1 else "%.1f" if slowest - fastest < 8 else "%.0f"
+    _legend(drawing, chart, quantiles_ms)
     return drawing
 
 
@@ -79,7 +80,9 @@ def widths_chart(layers: list[str], widths: dict[str, list[int]]) -> Drawing:
 
 def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -> Drawing:
     """One below the other, what `panels` hold of the layers: by title, two or three rows of values by name."""
-    below, panel = 26 * mm, 42 * mm
+    crowded = len(layers) > 30
+    label_size = min(6.5, 0.8 * WIDTH / len(layers))
+    below, panel = 4 * mm + (0.6 if crowded else 0.5) * label_size * max(map(len, layers)), 38 * mm
     drawing = Drawing(WIDTH, below + panel * len(panels) + 5 * mm)
     for number, (title, rows) in enumerate(panels.items()):
         lowest = number == len(panels) - 1
@@ -87,9 +90,9 @@ def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -
         chart = _axes(drawing, VerticalBarChart(), 0, y, WIDTH, panel + 10 * mm, title)
         chart.data = list(rows.values())
         chart.categoryAxis.categoryNames = layers if lowest else [""] * len(layers)
-        labels, crowded = chart.categoryAxis.labels, len(layers) > 30
+        labels = chart.categoryAxis.labels
         labels.angle, labels.boxAnchor, labels.dx, labels.dy = (90, "e", 0, -6) if crowded else (60, "ne", 3, -2)
-        labels.fontSize = min(6.5, 0.9 * chart.width / len(layers))
+        labels.fontSize = label_size
         chart.categoryAxis.tickDown = 0
         chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data) or 1
         chart.valueAxis.maximumTicks = 6
@@ -98,9 +101,7 @@ def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -
         for row, color in enumerate(fills):
             chart.bars[row].fillColor = color
             chart.bars[row].strokeColor, chart.bars[row].strokeWidth = GREY, 0.4
-    legend = _legend(list(zip(fills, rows)), drawing)
-    legend.strokeColor, legend.strokeWidth = GREY, 0.4  # or the white would not be seen
-    drawing.add(legend)
+    _legend(drawing, chart, rows)
     return drawing
 
 
@@ -172,17 +173,19 @@ def _canvas(chart: Any, height: float, title: str, bottom: float = 10 * mm) -> t
     return drawing, chart
 
 
-def _legend(entries: list[tuple[Any, str]], drawing: Drawing) -> Legend:
+def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
+    """Name the lines or bars of `chart`, at the top right of the drawing."""
+    bars = isinstance(chart, VerticalBarChart)
+    for number, name in enumerate(names):
+        (chart.bars if bars else chart.lines)[number].name = name
     legend = Legend()
-    legend.colorNamePairs = entries
+    legend.colorNamePairs = Auto(obj=chart)
     legend.x, legend.y = drawing.width, drawing.height
     legend.boxAnchor = "ne"
     legend.columnMaximum = 1
     legend.alignment = "right"
     legend.fontName, legend.fontSize = FONT, 7
-    legend.dx = legend.dy = 6
+    legend.dx, legend.dy = (6 if bars else 20), 6
     legend.deltax = 12
     legend.dxTextSpace = 4
-    legend.strokeWidth = 0
-    legend.strokeColor = None
-    return legend
+    drawing.add(legend)

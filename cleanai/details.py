@@ -94,16 +94,14 @@ def _compare_layers(before: nn.Module, after: nn.Module, example: torch.Tensor) 
 def _newly_wrong(
     network: nn.Module, evaluations: dict[str, Evaluation], classes: list[dict[str, Any]], images: Images
 ) -> list[dict[str, Any]]:
-    """Test images that `network` gets wrong and the original did not, of the classes that changed most to the worse."""
+    """Test images that `network` gets wrong and the original did not, of the classes that lost most accuracy."""
     lost = evaluations["original"].correct & ~evaluations["fine_tuned"].correct
     labels = images.test.labels.cpu()
-    suffered = sorted(
-        (label for label, row in enumerate(classes) if row["newly_wrong"]),
-        key=lambda label: classes[label]["fine_tuned_percent"] - classes[label]["original_percent"],
-    )
+    changes = [row["fine_tuned_percent"] - row["original_percent"] for row in classes]
+    lost_most = sorted((label for label, change in enumerate(changes) if change < 0), key=lambda label: changes[label])
     chosen = [
         index
-        for label in suffered[:SHOWN_CLASSES]
+        for label in lost_most[:SHOWN_CLASSES]
         for index in (lost & (labels == label)).nonzero().flatten().tolist()[:SHOWN_PER_CLASS]
     ]
     if not chosen:
@@ -135,13 +133,21 @@ def _thumbnail(pixels: torch.Tensor) -> str:
 
 
 def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute: Compute, name: str) -> dict[str, Any]:
-    """The coverage of a network, and of each layer also `normalized_mean_percent`: as script 2 prunes by, averaged."""
+    """The coverage of a network, and of what each layer reads two of the metrics of `NeuronCoverageImportance`.
+
+    Averaged over the channels, `frequency` is `active_percent`, the share of channels above zero on average over images
+    and positions, and `normalized_mean` is `normalized_mean_percent`.
+    """
     profiles = record_profiles(network, profiled, compute, f"Ranges of neurons, {name}")
     coverage = measure_coverage(network, covered, profiles, compute, THRESHOLD, title=f"Test coverage, {name}")
-    criterion = NeuronCoverageImportance("normalized_mean")
-    statistics = record_statistics(network, covered, compute, f"Activity of channels, {name}", criterion.moments)
+    criteria = {"active": "frequency", "normalized_mean": "normalized_mean"}
+    statistics = record_statistics(
+        network, covered, compute, f"Activity of channels, {name}", ("mean_absolute", "frequency")
+    )
     modules = dict(network.named_modules())
     for layer in coverage["layers"][:-1]:  # no layer reads the last one's output
         reader = modules[layer["name"]]
-        layer["normalized_mean_percent"] = 100 * criterion.scores(reader, statistics[reader]).mean().item()
+        for key, metric in criteria.items():
+            scores = NeuronCoverageImportance(metric).scores(reader, statistics[reader])
+            layer[f"{key}_percent"] = 100 * scores.mean().item()
     return coverage

@@ -22,22 +22,25 @@ from cleanai.charts import BOLD, DARK, FONT, GREY, LINES, MARGIN, PADDING, WIDTH
 for _name in (FONT, BOLD):  # every paragraph asks for its font when it is made
     pdfmetrics.registerFont(TTFont(_name, str(Path(reportlab.__file__).parent / "fonts" / f"{_name}.ttf")))
 
-_TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12)
+_TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12, spaceBefore=4)
 _LEAD = ParagraphStyle("lead", parent=_TEXT, fontSize=10, leading=14, spaceAfter=3)
 _CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
 _NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
-_TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK)
+_TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK, spaceBefore=0)
 _WARNING = ParagraphStyle("warning", parent=_TEXT, fontName=BOLD, spaceBefore=5, textColor=colors.HexColor("#b00020"))
 _HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
+_CONTENTS = ParagraphStyle("contents", parent=_HEADING)
+_ENTRY = ParagraphStyle("entry", parent=_CELL, spaceBefore=0)
+_SMALL = ParagraphStyle("small", parent=_TEXT, fontSize=7, leading=9.5)
 _CAPTION = ParagraphStyle("caption", parent=_TEXT, fontSize=6.5, leading=8, alignment=TA_CENTER)
 _MANY_PAGES = 4  # more have a table of contents
 
 
 class _Document(SimpleDocTemplate):
-    """Pages that tell the table of contents, and the outline beside them, where each section begins."""
+    """Pages that tell the table of contents, and the outline beside them, where each section after them begins."""
 
     def afterFlowable(self, flowable: Flowable) -> None:
-        if isinstance(flowable, Paragraph) and flowable.style.name == _HEADING.name:
+        if isinstance(flowable, Paragraph) and flowable.style.name == _HEADING.name and self.page > 1:
             heading = flowable.getPlainText()
             self.canv.bookmarkPage(heading)
             self.canv.addOutlineEntry(heading, heading)
@@ -75,7 +78,9 @@ def build_pdf(scenario: str, title: str, story: list[Any], opening: Sequence[Any
     content, pages = build()
     if pages <= _MANY_PAGES:
         return content
-    return build([Spacer(1, 10), TableOfContents(levelStyles=[_TEXT], dotsMinLevel=0)])[0]
+    style = TableStyle([("TOPPADDING", (0, 0), (-1, -1), 1), ("BOTTOMPADDING", (0, 0), (-1, -1), 1)])
+    contents = TableOfContents(levelStyles=[_ENTRY], dotsMinLevel=0, tableStyle=style)
+    return build([Paragraph("What follows", _CONTENTS), Spacer(1, 4), contents])[0]
 
 
 def text(content: str) -> Paragraph:
@@ -86,6 +91,11 @@ def text(content: str) -> Paragraph:
 def lead(content: str) -> Paragraph:
     """A paragraph of what matters most."""
     return Paragraph(_escaped(content), _LEAD)
+
+
+def small(content: str) -> Paragraph:
+    """A paragraph of what is looked up, or copied."""
+    return Paragraph(_escaped(content), _SMALL)
 
 
 def warning(content: str) -> Paragraph:
@@ -118,7 +128,8 @@ def pictures(rows: list[tuple[str, str]], abreast: int) -> Table:
     cells = [[_picture(content), Paragraph(_escaped(caption), _CAPTION)] for content, caption in rows]
     cells += [""] * (-len(cells) % abreast)
     lines = [cells[start : start + abreast] for start in range(0, len(cells), abreast)]
-    return Table(lines, colWidths=[WIDTH / abreast] * abreast, style=TableStyle([("VALIGN", (0, 0), (-1, -1), "TOP")]))
+    style = [("VALIGN", (0, 0), (-1, -1), "TOP"), ("ALIGN", (0, 0), (-1, -1), "CENTER")]
+    return Table(lines, colWidths=[WIDTH / abreast] * abreast, style=TableStyle(style))
 
 
 def _picture(content: str) -> Image:

@@ -9,7 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.checkpoints import write_record
 from cleanai.files import write_bytes
-from cleanai.layout import build_pdf, lead, pairs, pictures, section, table, text, warning
+from cleanai.layout import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.scenario import Scenario
 from cleanai.tables import (
     MODELS,
@@ -25,12 +25,16 @@ from cleanai.tables import (
 )
 
 _MOST_CLASSES = 20  # in the table of classes
+_TERMS = (
+    "Held-out are the test images that no channel was measured on. The chance meant is that of other test images. "
+    "Training again with another seed gives other networks; how far those would differ is not measured here."
+)
 _CRITERIA = {
-    "nc": "NC: neurons active for at least one image",
-    "kmnc": "KMNC: of 1,000 sections of each neuron's range",
-    "nbc": "NBC: of the sides beyond each neuron's range",
-    "snac": "SNAC: neurons driven above their range",
-    "tknc": "TKNC: neurons among the top 3 of their layer",
+    "nc": "NC: neurons active on some image",
+    "kmnc": "KMNC: sections reached of each range",
+    "nbc": "NBC: ends of ranges that were passed",
+    "snac": "SNAC: upper ends that were passed",
+    "tknc": "TKNC: neurons among a layer's top 3",
 }
 
 
@@ -54,27 +58,22 @@ def pdf_report(record: Record) -> bytes:
     opening = [
         text(_what_was_done(record)),
         *(warning(content) for content in record.get("warnings", [])),
-        *section("In short", *(lead(sentence) for sentence in _answer(record)), text(_CHANCE)),
+        *section("In short", *(lead(sentence) for sentence in _answer(record)), text(_TERMS)),
         *section("Result", _comparison(record), Spacer(1, 6), pairs(summary_rows(record), numbers=True)),
     ]
     story = [
-        *section("Accuracy and loss over the epochs of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
-        *section("Where channels, parameters and arithmetic went", *_layers(record)),
+        *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
+        *section("Layer by layer, before and after pruning", *_layers(record)),
         *(section("Test coverage", *_coverage(record)) if "coverage" in record else []),
         *(section("Accuracy per class", *_classes(record)) if "classes" in record else []),
         *(_newly_wrong(record) if record.get("newly_wrong") else []),
         *section("Inference time", *_latency(record)),
         *section("Configuration", pairs(_configuration(record), abreast=2)),
-        *section("Dataset, machine and files", pairs(_provenance(record))),
-        *(section("To repeat it", *map(text, record["commands"])) if "commands" in record else []),
+        *section("Dataset and machine", pairs(_provenance(record))),
+        *(section("Checkpoints, with their SHA-256", *_checkpoints(record)) if "checkpoints" in record else []),
+        *(section("Commands that repeat this", *map(small, record["commands"])) if "commands" in record else []),
     ]
     return build_pdf(record["scenario"], method, story, opening)
-
-
-_CHANCE = (
-    "The chance meant is that of other test images. Training again with another seed gives other networks; how far "
-    "those would differ is not measured here."
-)
 
 
 def _what_was_done(record: Record) -> str:
@@ -95,11 +94,12 @@ def _answer(record: Record) -> list[str]:
     heldout = dataset["test_images"] - dataset["calibration_images"]
     verb = "lost" if after < before else "gained" if after > before else "kept"
     change = "its accuracy" if verb == "kept" else f"{abs(after - before):.2f} points of accuracy"
+    beside = "as many as the original network" if verb == "kept" else f"the original network {before:.2f}%"
     return [
         f"Pruned and fine-tuned, the network {verb} {change}: it recognises {after:.2f}% of the "
-        f"{heldout:,} held-out test images, and recognised {before:.2f}% before.",
+        f"{heldout:,} held-out test images, {beside}.",
         f"It has {summary['parameter_reduction_percent']:.1f}% fewer parameters, takes "
-        f"{final['size_mib']:.1f} MB instead of {original['size_mib']:.1f} MB, does with "
+        f"{final['size_mib']:.1f} MB instead of {original['size_mib']:.1f} MB, does "
         f"{summary['macs_reduction_percent']:.1f}% less arithmetic, and is {summary['speedup']:.2f} times as fast on "
         f"single images ({final['latency_ms']['mean']:.2f} ms instead of {original['latency_ms']['mean']:.2f} ms).",
         _beyond_chance(record),
@@ -116,10 +116,10 @@ def _beyond_chance(record: Record) -> str:
     tested = compare_paired(flags["original"], flags["fine_tuned"])
     low, high = tested["interval_points"]
     return (
-        f"The difference in accuracy is {'more' if tested['p_value'] < LEVEL else 'no more'} than chance would make: "
-        f"only the original recognises {tested['only_first']:,} of these images, only the final network "
-        f"{tested['only_second']:,} (McNemar's test, {shown_p(tested['p_value'])}; 95% interval of the difference "
-        f"{low:+.2f} to {high:+.2f} points)."
+        f"These images show {'a' if tested['p_value'] < LEVEL else 'no'} difference beyond chance: only the original "
+        f"network recognises {tested['only_first']:,} of them, only the final one {tested['only_second']:,} "
+        f"(McNemar's test, {shown_p(tested['p_value'])}; 95% interval of the difference {low:+.2f} to {high:+.2f} "
+        "points)."
     )
 
 
@@ -131,7 +131,7 @@ def _comparison(record: Record) -> Table:
 def _epochs_note(record: Record) -> str:
     return (
         f"Epoch 0 is the pruned network: test accuracy {repair_stages(record['pruning'])}. Training images are "
-        "shifted and mirrored at random, and measured while the network learns."
+        "augmented, and measured while the network learns."
     )
 
 
@@ -174,7 +174,7 @@ def _coverage(record: Record) -> list[Any]:
     panels = {
         title: {name: [layer[key] for layer in layers] for name, layers in zip(MODELS.values(), read)}
         for title, key in (
-            ("Share of channels active for at least one image (%)", "nc_percent"),
+            ("Share of channels active, on average over images and positions (%)", "active_percent"),
             ("Mean normalised coverage (%)", "normalized_mean_percent"),
         )
     }
@@ -190,10 +190,12 @@ def _coverage(record: Record) -> list[Any]:
         layers_chart([layer["name"] for layer in read[0]], panels),
         text(
             f"Measured on {coverage['images']:,} of the calibration images. A neuron is one channel of a layer's "
-            "output, its value the mean over all positions; the output is named after the first layer that reads it. "
-            f"Active: above {coverage['threshold']:g} when the layer's values for an image are brought to [0, 1]. "
-            f"Range: what this network's neuron did on {coverage['profile_images']:,} training images. Normalised "
-            "coverage: a channel's mean absolute value over that of the layer's busiest channel."
+            "output, its value for an image the mean over all positions. NC counts it as active above "
+            f"{coverage['threshold']:g}, the layer's values being brought to [0, 1]. Its range is what it did on "
+            f"{coverage['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself where layers get "
+            "narrower. In the charts a channel is active where it is above zero; its normalised coverage is its mean "
+            "absolute value over that of the layer's busiest channel. An output is named after the first layer that "
+            "reads it."
         ),
     ]
 
@@ -223,7 +225,7 @@ def _newly_wrong(record: Record) -> list[Any]:
     shown = [(each["png_base64"], f"{each['class']}, taken for {each['taken_for']}") for each in record["newly_wrong"]]
     return section(
         "Images that are newly wrong",
-        text("From the classes that changed most to the worse, the first such images in the order of the test set."),
+        text("From the classes that lost most, the first such images in the order of the test set."),
         Spacer(1, 4),
         pictures(shown, abreast=6),
     )
@@ -232,7 +234,7 @@ def _newly_wrong(record: Record) -> list[Any]:
 def _latency(record: Record) -> list[Any]:
     models = record["models"]
     rows = [["Time for one image (ms)", *MODELS.values()]]
-    for key, label in (("p50", "Median"), ("p90", "90% of the calls took at most"), ("p99", "99%")):
+    for key, label in (("p50", "Median"), ("p90", "90% took at most"), ("p99", "99% took at most")):
         rows.append([label, *(f"{models[name]['latency_ms'][key]:.2f}" for name in MODELS)])
     rows = table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
     if any("latency_quantiles_ms" not in models[name] for name in MODELS):
@@ -260,7 +262,7 @@ def _configuration(record: Record) -> list[tuple[str, str]]:
 
 def _provenance(record: Record) -> list[tuple[str, str]]:
     dataset, environment = record["dataset"], record["environment"]
-    device = f"{environment['device_type']}, {environment['device']}, {environment['cpu_threads']} threads"
+    device = f"{environment['device_type']}, {environment['device']}, {counted(environment['cpu_threads'], 'thread')}"
     packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
     rows = [
         ("Original network", prepared_with(record)),
@@ -281,4 +283,8 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
         timed = f"timed in float32 by ONNX Runtime {export['onnxruntime']} and by PyTorch on {export['device']}"
         threads = counted(export["cpu_threads"], "thread")
         rows.append(("ONNX", f"{export['file']}: {exported_as(export)}; {timed}, {threads}"))
-    return [*rows, *((f"SHA-256 of {name}", digest) for name, digest in record.get("checkpoints", {}).items())]
+    return rows
+
+
+def _checkpoints(record: Record) -> list[Any]:
+    return [small(f"{digest}  {name}") for name, digest in record["checkpoints"].items()]
