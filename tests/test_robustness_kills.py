@@ -18,8 +18,9 @@ SEED = int(os.environ.get("CLEANAI_TEST_SEED", "0"))
 KILLS = 25  # at least
 EPOCHS = ["6", "5", "5"]  # as in the fixture digits_run
 FEWER_EPOCHS = ["3", "2", "2"]
-# What differs from run to run: times, and the checksum of a file that holds some.
-TIMES = {"seconds", "latency_ms", "throughput_images_per_s", "speedup", "fine_tuned_model"}
+# What differs from run to run: times, the checksums of files that hold some, and the folder.
+TIMES = {"seconds", "latency_ms", "latency_quantiles_ms", "throughput_images_per_s", "speedup"}
+TIMES |= {"fine_tuned_model", "checkpoints", "commands"}
 # Starts a script that dies in the n-th call of a function of os, or in the first whose first argument holds a text:
 # in fsync with a temporary file written and not yet in place, in replace just before it is.
 DYING = """
