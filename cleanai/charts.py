@@ -1,6 +1,7 @@
 """The charts of the report, with its fonts, colours and measures; made from a record alone."""
 from __future__ import annotations
 
+import math
 from typing import Any, Iterable
 
 from reportlab.graphics.charts.barcharts import VerticalBarChart
@@ -18,8 +19,8 @@ from cleanai.tables import Record
 # Fonts that come with reportlab and, unlike the PDF standard ones, hold the Turkish letters.
 FONT, BOLD = "Vera", "VeraBd"
 DARK, LIGHT, GREY = colors.HexColor("#1d4e79"), colors.HexColor("#f0a030"), colors.HexColor("#666666")
-MARGIN = 18 * mm
 LINES = colors.HexColor("#dddddd")
+MARGIN = 18 * mm
 PADDING = 6  # of a page's frame, and of a table's cells
 WIDTH = A4[0] - 2 * MARGIN - 2 * PADDING
 _ORIGINAL = (GREY, (4, 2), None)  # how the original network is drawn: colour, dashes, no marker
@@ -30,21 +31,23 @@ def epochs_chart(record: Record) -> Drawing:
     models, history = record["models"], record["history"]
     drawing, gap = Drawing(WIDTH, 62 * mm), 6 * mm
     width = (WIDTH - gap) / 2
-    for number, (key, title) in enumerate((("accuracy_percent", "Accuracy (%)"), ("loss", "Loss (cross-entropy)"))):
+    titles = {"accuracy_percent": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
+    for left, (key, title) in zip((0, width + gap), titles.items()):
         original = models["original"][key]
         lines = {
             "Test images": [(0, models["pruned"][key]), *((epoch["epoch"], epoch[f"test_{key}"]) for epoch in history)],
             "Training images": [(epoch["epoch"], epoch[f"train_{key}"]) for epoch in history],
             "Original network, test images": [(0, original), (len(history), original)],
         }
-        chart = _axes(drawing, LinePlot(), number * (width + gap), 0, width, drawing.height - 5 * mm, title, "Epoch")
+        chart = _axes(drawing, LinePlot(), left, 0, width, drawing.height - 5 * mm, title, "Epoch")
         _plot(chart, list(lines.values()), ((DARK, None, "FilledCircle"), (LIGHT, None, "FilledSquare"), _ORIGINAL))
         values = [value for points in chart.data for _, value in points]
         spread = max(values) - min(values)
-        margin = max(spread / 10, 0.5 if number == 0 else 0.01)
+        least, most, form = (0.02, math.inf, "%.2f") if key == "loss" else (0.5, 100, "%.1f" if spread < 5 else "%.0f")
+        margin = max(spread / 10, least)
         chart.yValueAxis.valueMin = max(0, min(values) - margin)
-        chart.yValueAxis.valueMax = max(values) + margin if number else min(100, max(values) + margin)
-        chart.yValueAxis.labelTextFormat = "%.2f" if number else "%.1f" if spread < 5 else "%.0f"
+        chart.yValueAxis.valueMax = min(most, max(values) + margin)
+        chart.yValueAxis.labelTextFormat = form
         chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0, len(history)
         chart.xValueAxis.valueStep = max(1, -(-len(history) // 10))
         chart.xValueAxis.labelTextFormat = "%d"
@@ -186,6 +189,6 @@ def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
     legend.alignment = "right"
     legend.fontName, legend.fontSize = FONT, 7
     legend.dx, legend.dy = (6 if bars else 20), 6
-    legend.deltax = 12
+    legend.deltax, legend.variColumn = 12, True
     legend.dxTextSpace = 4
     drawing.add(legend)

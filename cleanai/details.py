@@ -140,14 +140,13 @@ def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute
     """
     profiles = record_profiles(network, profiled, compute, f"Ranges of neurons, {name}")
     coverage = measure_coverage(network, covered, profiles, compute, THRESHOLD, title=f"Test coverage, {name}")
-    criteria = {"active": "frequency", "normalized_mean": "normalized_mean"}
     statistics = record_statistics(
         network, covered, compute, f"Activity of channels, {name}", ("mean_absolute", "frequency")
     )
     modules = dict(network.named_modules())
     for layer in coverage["layers"][:-1]:  # no layer reads the last one's output
         reader = modules[layer["name"]]
-        for key, metric in criteria.items():
+        for key, metric in (("active", "frequency"), ("normalized_mean", "normalized_mean")):
             scores = NeuronCoverageImportance(metric).scores(reader, statistics[reader])
             layer[f"{key}_percent"] = 100 * scores.mean().item()
     return coverage

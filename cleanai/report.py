@@ -159,7 +159,7 @@ def _before_and_after(layers: list[Record], key: str, unit: float) -> dict[str, 
 def _most_gone(record: Record, key: str) -> str:
     """The three layers that gave most, each with its part in all that went."""
     gone = {layer["name"]: layer[f"{key}_before"] - layer[f"{key}_after"] for layer in record["layers"]}
-    total = record["models"]["original"][key] - record["models"]["fine_tuned"][key]
+    total = record["models"]["original"][key] - record["models"]["fine_tuned"][key] or 1  # a tiny share may be nothing
     most = sorted(gone, key=lambda name: -gone[name])[:3]
     return ", ".join(f"{name} ({100 * gone[name] / total:.0f}%)" for name in most)
 

@@ -19,9 +19,7 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
-
-
-_NO_OPTIONS = ("dataset", "fine_tuned_model", "conditions")  # of a config: what is told elsewhere, or found out
+_NO_SETTINGS = ("dataset", "fine_tuned_model", "conditions")  # of a config: what is told otherwise, or found out
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -79,7 +77,7 @@ class Scenario:
         """The command that runs a script of this scenario on the same dataset and folder, with these settings."""
         dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
-        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_OPTIONS)
+        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_SETTINGS)
         return f"python test_scenarios/{script}{dataset}{folder}{settings}"
 
     @property
