@@ -1,7 +1,8 @@
 """The charts of the report, with its fonts, colours and measures; made from a record alone."""
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Iterable
 
 from reportlab.graphics.charts.barcharts import VerticalBarChart
 from reportlab.graphics.charts.legends import Legend
@@ -11,83 +12,99 @@ from reportlab.graphics.widgets.markers import makeMarker
 from reportlab.lib import colors
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.units import mm
+from reportlab.lib.validators import Auto
 
 from cleanai.tables import Record
 
 # Fonts that come with reportlab and, unlike the PDF standard ones, hold the Turkish letters.
 FONT, BOLD = "Vera", "VeraBd"
 DARK, LIGHT, GREY = colors.HexColor("#1d4e79"), colors.HexColor("#f0a030"), colors.HexColor("#666666")
+LINES = colors.HexColor("#dddddd")
 MARGIN = 18 * mm
 PADDING = 6  # of a page's frame, and of a table's cells
 WIDTH = A4[0] - 2 * MARGIN - 2 * PADDING
+_ORIGINAL = (GREY, (4, 2), None)  # how the original network is drawn: colour, dashes, no marker
 
 
-def accuracy_chart(record: Record) -> Drawing:
-    """Accuracy over the epochs of fine-tuning, from the pruned network on, beside that of the original network."""
-    history = record["history"]
-    test = [(0, record["models"]["pruned"]["accuracy_percent"])]
-    test += [(epoch["epoch"], epoch["test_accuracy_percent"]) for epoch in history]
-    train = [(epoch["epoch"], epoch["train_accuracy_percent"]) for epoch in history]
-    original = record["models"]["original"]["accuracy_percent"]
-    lines = {
-        "Test accuracy": (test, DARK, None, "FilledCircle"),
-        "Training accuracy": (train, LIGHT, None, "FilledSquare"),
-        "Original network, test": ([(0, original), (len(history), original)], GREY, (4, 2), None),
-    }
-    drawing, chart = _canvas(LinePlot(), height=62 * mm, title="Accuracy (%)")
-    chart.data = [points for points, *_ in lines.values()]
-    for number, (_, color, dashes, marker) in enumerate(lines.values()):
-        chart.lines[number].strokeColor = color
-        chart.lines[number].strokeWidth = 1.5
-        chart.lines[number].strokeDashArray = dashes
-        if marker:
-            chart.lines[number].symbol = makeMarker(marker, size=4, fillColor=color, strokeColor=color)
-    lowest = min(value for points in chart.data for _, value in points)
-    highest = max(value for points in chart.data for _, value in points)
-    margin = max(0.5, (highest - lowest) / 10)
-    chart.yValueAxis.valueMin, chart.yValueAxis.valueMax = max(0, lowest - margin), min(100, highest + margin)
-    chart.yValueAxis.labelTextFormat = "%.0f" if highest - lowest > 5 else "%.1f"
-    chart.yValueAxis.maximumTicks = 6
-    chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0, len(history)
-    chart.xValueAxis.valueStep = max(1, len(history) // 10)
-    chart.xValueAxis.labelTextFormat = "%d"
-    for axis in (chart.xValueAxis, chart.yValueAxis):
-        axis.labels.fontName, axis.labels.fontSize = FONT, 7
-        axis.strokeColor = GREY
-    chart.yValueAxis.visibleGrid, chart.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
-    drawing.add(String(drawing.width / 2, 2, "Epoch", fontName=FONT, fontSize=7, textAnchor="middle"))
-    drawing.add(_legend([(color, name) for name, (_, color, _, _) in lines.items()], drawing))
+def epochs_chart(record: Record) -> Drawing:
+    """Accuracy and loss over the epochs of fine-tuning, from the pruned network on, beside those of the original."""
+    models, history = record["models"], record["history"]
+    drawing, gap = Drawing(WIDTH, 62 * mm), 6 * mm
+    width = (WIDTH - gap) / 2
+    titles = {"accuracy_percent": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
+    for left, (key, title) in zip((0, width + gap), titles.items()):
+        original = models["original"][key]
+        lines = {
+            "Test images": [(0, models["pruned"][key]), *((epoch["epoch"], epoch[f"test_{key}"]) for epoch in history)],
+            "Training images": [(epoch["epoch"], epoch[f"train_{key}"]) for epoch in history],
+            "Original network, test images": [(0, original), (len(history), original)],
+        }
+        chart = _axes(drawing, LinePlot(), left, 0, width, drawing.height - 5 * mm, title, "Epoch")
+        _plot(chart, list(lines.values()), ((DARK, None, "FilledCircle"), (LIGHT, None, "FilledSquare"), _ORIGINAL))
+        values = [value for points in chart.data for _, value in points]
+        spread = max(values) - min(values)
+        least, most, form = (0.02, math.inf, "%.2f") if key == "loss" else (0.5, 100, "%.1f" if spread < 5 else "%.0f")
+        margin = max(spread / 10, least)
+        chart.yValueAxis.valueMin = max(0, min(values) - margin)
+        chart.yValueAxis.valueMax = min(most, max(values) + margin)
+        chart.yValueAxis.labelTextFormat = form
+        chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0, len(history)
+        chart.xValueAxis.valueStep = max(1, -(-len(history) // 10))
+        chart.xValueAxis.labelTextFormat = "%d"
+    _legend(drawing, chart, lines)
     return drawing
 
 
-def channels_chart(record: Record) -> Drawing:
-    """The output channels of each layer before and after pruning."""
-    layers = record["pruning"]["layers"]
-    widths = {when: [layer[f"channels_{when.lower()}"] for layer in layers] for when in ("Before", "After")}
-    return widths_chart([layer["name"] for layer in layers], widths)
+def latency_chart(quantiles_ms: dict[str, list[float]]) -> Drawing:
+    """The share of calls that took no longer than a time, from the quantiles of each of three networks, by name."""
+    drawing = Drawing(WIDTH, 58 * mm)
+    height = drawing.height - 5 * mm
+    chart = _axes(drawing, LinePlot(), 0, 0, WIDTH, height, "Calls that took no longer (%)", "Time for one image (ms)")
+    lines = [
+        [(value, 100 * number / (len(values) + 1)) for number, value in enumerate(values, 1)]
+        for values in quantiles_ms.values()
+    ]
+    _plot(chart, lines, (_ORIGINAL, (LIGHT, None, None), (DARK, None, None)))
+    chart.yValueAxis.valueMin, chart.yValueAxis.valueMax, chart.yValueAxis.valueStep = 0, 100, 25
+    chart.yValueAxis.labelTextFormat = "%d"
+    fastest, slowest = min(map(min, quantiles_ms.values())), max(map(max, quantiles_ms.values()))
+    chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0.95 * fastest, 1.02 * slowest
+    chart.xValueAxis.maximumTicks = 10
+    chart.xValueAxis.labelTextFormat = "%.2f" if slowest - fastest < 1 else "%.1f" if slowest - fastest < 8 else "%.0f"
+    _legend(drawing, chart, quantiles_ms)
+    return drawing
 
 
 def widths_chart(layers: list[str], widths: dict[str, list[int]]) -> Drawing:
     """The output channels of each layer but the last, whose outputs are the classes, side by side."""
-    drawing, chart = _canvas(VerticalBarChart(), height=78 * mm, title="Output channels", bottom=30 * mm)
-    chart.data = [channels[:-1] for channels in widths.values()]
-    chart.categoryAxis.categoryNames = layers[:-1]
-    labels, crowded = chart.categoryAxis.labels, len(layers) > 30
-    labels.angle, labels.boxAnchor, labels.dx, labels.dy = (90, "e", 0, -6) if crowded else (60, "ne", 3, -2)
-    chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data)
-    chart.valueAxis.visibleGrid, chart.valueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
-    chart.groupSpacing, chart.barSpacing = 4, 0
-    colours = (DARK, LIGHT) if len(widths) == 2 else (colors.white, DARK, LIGHT)
-    for number, color in enumerate(colours):
-        chart.bars[number].fillColor = color
-        chart.bars[number].strokeColor, chart.bars[number].strokeWidth = GREY if color == colors.white else None, 0.4
-    for axis in (chart.categoryAxis, chart.valueAxis):
-        axis.labels.fontName, axis.labels.fontSize = FONT, 6.5
-        axis.strokeColor = GREY
-    legend = _legend(list(zip(colours, widths)), drawing)
-    if len(widths) > 2:
-        legend.strokeColor, legend.strokeWidth = GREY, 0.4  # or the white would not be seen
-    drawing.add(legend)
+    channels = {name: values[:-1] for name, values in widths.items()}
+    return layers_chart(layers[:-1], {"Output channels": channels})
+
+
+def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -> Drawing:
+    """One below the other, what `panels` hold of the layers: by title, two or three rows of values by name."""
+    crowded = len(layers) > 30
+    label_size = min(6.5, 0.8 * WIDTH / len(layers))
+    below, panel = 4 * mm + (0.6 if crowded else 0.5) * label_size * max(map(len, layers)), 38 * mm
+    drawing = Drawing(WIDTH, below + panel * len(panels) + 5 * mm)
+    for number, (title, rows) in enumerate(panels.items()):
+        lowest = number == len(panels) - 1
+        y = below + panel * (len(panels) - 1 - number) - 10 * mm
+        chart = _axes(drawing, VerticalBarChart(), 0, y, WIDTH, panel + 10 * mm, title)
+        chart.data = list(rows.values())
+        chart.categoryAxis.categoryNames = layers if lowest else [""] * len(layers)
+        labels = chart.categoryAxis.labels
+        labels.angle, labels.boxAnchor, labels.dx, labels.dy = (90, "e", 0, -6) if crowded else (60, "ne", 3, -2)
+        labels.fontSize = label_size
+        chart.categoryAxis.tickDown = 0
+        chart.valueAxis.valueMin, chart.valueAxis.valueMax = 0, 1.1 * max(max(row) for row in chart.data) or 1
+        chart.valueAxis.maximumTicks = 6
+        chart.groupSpacing, chart.barSpacing = 4, 0
+        fills = (colors.white, DARK) if len(rows) == 2 else (colors.white, LIGHT, DARK)
+        for row, color in enumerate(fills):
+            chart.bars[row].fillColor = color
+            chart.bars[row].strokeColor, chart.bars[row].strokeWidth = GREY, 0.4
+    _legend(drawing, chart, rows)
     return drawing
 
 
@@ -121,6 +138,35 @@ def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
     return drawing
 
 
+def _axes(
+    drawing: Drawing, chart: Any, x: float, y: float, width: float, height: float, title: str, caption: str = ""
+) -> Any:
+    """Put `chart` into this part of a drawing, with a title above, and a caption below its horizontal axis."""
+    chart.x, chart.y = x + 10 * mm, y + 10 * mm
+    chart.width, chart.height = width - 12 * mm, height - 17 * mm
+    drawing.add(chart)
+    drawing.add(String(x, y + height - 4 * mm, title, fontName=FONT, fontSize=7))
+    drawing.add(String(chart.x + chart.width / 2, y + 2, caption, fontName=FONT, fontSize=7, textAnchor="middle"))
+    bars = isinstance(chart, VerticalBarChart)
+    across, up = (chart.categoryAxis, chart.valueAxis) if bars else (chart.xValueAxis, chart.yValueAxis)
+    for axis in (across, up):
+        axis.labels.fontName, axis.labels.fontSize = FONT, 6.5
+        axis.strokeColor = GREY
+    up.visibleGrid, up.gridStrokeColor = True, LINES
+    up.maximumTicks = 6
+    return chart
+
+
+def _plot(chart: LinePlot, lines: list[list[tuple[float, float]]], styles: tuple[Any, ...]) -> None:
+    """Give a chart its lines, each with a colour, dashes and a marker."""
+    chart.data = lines
+    for number, (color, dashes, marker) in enumerate(styles):
+        line = chart.lines[number]
+        line.strokeColor, line.strokeWidth, line.strokeDashArray = color, 1.5, dashes
+        if marker:
+            line.symbol = makeMarker(marker, size=4, fillColor=color, strokeColor=color)
+
+
 def _canvas(chart: Any, height: float, title: str, bottom: float = 10 * mm) -> tuple[Drawing, Any]:
     drawing = Drawing(WIDTH, height)
     chart.x, chart.y = 10 * mm, bottom
@@ -130,17 +176,19 @@ def _canvas(chart: Any, height: float, title: str, bottom: float = 10 * mm) -> t
     return drawing, chart
 
 
-def _legend(entries: list[tuple[Any, str]], drawing: Drawing) -> Legend:
+def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
+    """Name the lines or bars of `chart`, at the top right of the drawing."""
+    bars = isinstance(chart, VerticalBarChart)
+    for number, name in enumerate(names):
+        (chart.bars if bars else chart.lines)[number].name = name
     legend = Legend()
-    legend.colorNamePairs = entries
+    legend.colorNamePairs = Auto(obj=chart)
     legend.x, legend.y = drawing.width, drawing.height
     legend.boxAnchor = "ne"
     legend.columnMaximum = 1
     legend.alignment = "right"
     legend.fontName, legend.fontSize = FONT, 7
-    legend.dx = legend.dy = 6
-    legend.deltax = 12
+    legend.dx, legend.dy = (6 if bars else 20), 6
+    legend.deltax, legend.variColumn = 12, True
     legend.dxTextSpace = 4
-    legend.strokeWidth = 0
-    legend.strokeColor = None
-    return legend
+    drawing.add(legend)

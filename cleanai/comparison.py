@@ -9,7 +9,7 @@ import numpy as np
 from cleanai import UserError
 from cleanai.checkpoints import read_record
 from cleanai.scenario import Scenario
-from cleanai.significance import LEVEL, compare_paired, unpack
+from cleanai.significance import LEVEL, compare_paired, shown_p, unpack
 from cleanai.tables import MODELS, Record
 
 METHODS = {"Coverage": "Neuron Coverage", "Wanda": "WANDA"}
@@ -37,7 +37,7 @@ def compare_methods(scenario: Scenario, scripts: dict[str, str]) -> Record:
         again = "; and: ".join(f"{commands[method]} --fresh" for method in runs)
         raise UserError(f"The methods pruned different fine-tuned models, which tells nothing of them. Run: {again}")
     try:
-        flags = {method: _heldout_flags(run) for method, run in runs.items()}
+        flags = {method: heldout_flags(run) for method, run in runs.items()}
         remarks = _missing(parts, commands, records, flags)
         comparable = _same_images(runs)
         if not comparable:
@@ -68,11 +68,10 @@ def _chance(difference: Record) -> str:
     if "p_value" not in difference:
         return ""
     p = difference["p_value"]
-    shown = "< 0.001" if p < 0.001 else f"= {p:.3f}"
-    return f", {'more' if difference['more_than_chance'] else 'no more'} than chance would make (p {shown})"
+    return f", {'more' if difference['more_than_chance'] else 'no more'} than chance would make ({shown_p(p)})"
 
 
-def _heldout_flags(run: Record) -> dict[str, np.ndarray] | None:
+def heldout_flags(run: Record) -> dict[str, np.ndarray] | None:
     """Of each network, which held-out images it got right: (N,); None when the record does not say."""
     if "heldout_bits" not in run:
         return None
@@ -155,7 +154,7 @@ def _answer(record: Record) -> list[str]:
 
 def _without_bits(run: Record) -> Record:
     models = {
-        name: {key: value for key, value in model.items() if key != "correct_bits"}
+        name: {key: value for key, value in model.items() if key not in ("correct_bits", "latency_quantiles_ms")}
         for name, model in run["models"].items()
     }
     kept = _only(run, "scenario", "method", "config", "environment", "dataset", "prepared_with", "summary", "pruning")

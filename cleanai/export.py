@@ -58,8 +58,7 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
     """
     compute = choose_compute("cpu", "float32")
     end_all_but_first()
-    files = {"original": scenario.fine_tuned, "pruned": scenario.pruned, "fine_tuned": scenario.final}
-    networks = {name: load_network(path) for name, path in files.items()}
+    networks = {name: load_network(path) for name, path in scenario.networks.items()}
     test = load_images(scenario.dataset, data_dir).test.sample(CHECKED_IMAGES, seed=0)
     images = next(test.batches(CHECKED_IMAGES))[0]
 

@@ -33,12 +33,12 @@ def remove_file(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256."""
+    """A file's SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

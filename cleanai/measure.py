@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cleanai.activations import CONSUMERS
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation
@@ -32,6 +33,24 @@ def count_macs(network: nn.Module, example: torch.Tensor) -> int:
     """Multiply-accumulates for the input `example` of one image, as thop counts them (batch norm included)."""
     # thop leaves buffers in the modules it counts: in a copy they cannot reach a checkpoint.
     return int(thop.profile(copy.deepcopy(network).eval(), inputs=(example,), verbose=False)[0])
+
+
+def count_layers(network: nn.Module, example: torch.Tensor) -> dict[str, dict[str, int]]:
+    """The parameters and the multiply-accumulates, as `count_macs` counts, of each convolution and linear layer."""
+    counted = thop.profile(copy.deepcopy(network).eval(), inputs=(example,), verbose=False, ret_layer_info=True)[2]
+
+    def macs(name: str) -> int:
+        *parents, last = name.split(".")
+        modules = counted
+        for parent in parents:
+            modules = modules[parent][2]
+        return int(modules[last][0])
+
+    return {
+        name: {"parameters": count_parameters(layer)["parameters"], "macs": macs(name)}
+        for name, layer in network.named_modules()
+        if isinstance(layer, CONSUMERS)
+    }
 
 
 def size_mib(network: nn.Module) -> float:

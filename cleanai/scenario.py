@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cleanai import UserError, distributed
 
@@ -18,6 +19,7 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
+_NO_SETTINGS = ("dataset", "fine_tuned_model", "conditions")  # of a config: what is told otherwise, or found out
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -71,11 +73,12 @@ class Scenario:
             require_known_dataset(self.dataset, data_dir)
             raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.command(script)}")
 
-    def command(self, script: str) -> str:
-        """The command that runs another script of this scenario on the same dataset and folder."""
+    def command(self, script: str, config: dict[str, Any] | None = None) -> str:
+        """The command that runs a script of this scenario on the same dataset and folder, with these settings."""
         dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
-        return f"python test_scenarios/{script}{dataset}{folder}"
+        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_SETTINGS)
+        return f"python test_scenarios/{script}{dataset}{folder}{settings}"
 
     @property
     def pruned(self) -> Path:
@@ -90,6 +93,11 @@ class Scenario:
     def final(self) -> Path:
         """The network this script ends with."""
         return self._trained("final")
+
+    @property
+    def networks(self) -> dict[str, Path]:
+        """The three networks that a pruning script compares."""
+        return {"original": self.fine_tuned, "pruned": self.pruned, "fine_tuned": self.final}
 
     @property
     def exported(self) -> Path:
@@ -173,3 +181,15 @@ class SweepScenario(Scenario):
 
     def _outputs(self) -> list[Path]:
         return [self.record, self.report, self.table, self.picture, self.resume]
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as it is given on the command line; nothing for one that was left out."""
+    option = f" --{name.replace('_', '-')}"
+    if value is None and "ratio" in name:
+        return f"{option} none"
+    if value is None or value is False:
+        return ""
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return option if value is True else f"{option} {value}"

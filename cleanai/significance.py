@@ -48,3 +48,8 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
         "only_second": only_second,
         "p_value": float(binomtest(only_second, split).pvalue) if split else 1.0,
     }
+
+
+def shown_p(p_value: float) -> str:
+    """A p value as it is read."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"

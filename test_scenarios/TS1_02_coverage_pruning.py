@@ -7,10 +7,10 @@ of it in five steps over all layers, fine-tunes it, and compares the three netwo
     python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 from cleanai import cli
-from cleanai.checkpoints import find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.checkpoints import find_checkpoint, find_record, load_checkpoint
 from cleanai.files import file_digest
 from cleanai.locks import only_run
-from cleanai.report import write_report
+from cleanai.report import write_report, write_results
 from cleanai.scenario import Scenario
 from cleanai.tables import comparison_table, exported_as, origin_lines, repair_stages
 
@@ -53,7 +53,7 @@ def main():
     )
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
     scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
-    args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
+    args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)[:16]
     finished = scenario.pruned.exists() and scenario.final.exists() and not args.fresh
     record = find_record(scenario.record, args.config) if finished else None
     if record:
@@ -63,15 +63,13 @@ def main():
     else:
         with only_run(scenario):
             record = prune(args, scenario)
-            write_report(scenario.report, record)
-            write_record(scenario.record, record)  # last: it marks the run as finished
+            write_results(scenario, record)
     if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
         from cleanai.export import export_scenario
 
         with only_run(scenario):
             record["export"] = export_scenario(scenario, args.data_dir)
-            write_report(scenario.report, record)
-            write_record(scenario.record, record)
+            write_results(scenario, record)
     print(f"\n{origin_lines(record)}\n\n{comparison_table(record)}\n\nReport: {scenario.report}")
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
@@ -82,6 +80,7 @@ def prune(args, scenario):
     import copy
 
     from cleanai.compute import choose_compute
+    from cleanai.details import measure_details
     from cleanai.distributed import end_all_but_first
     from cleanai.evaluation import Evaluation, evaluate
     from cleanai.importance import NeuronCoverageImportance
@@ -148,8 +147,14 @@ def prune(args, scenario):
         **describe_run(scenario, images, compute, args.config, len(calibration)),
         "prepared_with": prepared["config"],
         **compared,
+        **measure_details(networks, evaluations, images, calibration, compute, args.seed),
         "pruning": pruning,
         "history": history,
+        "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
+        "commands": [
+            scenario.command("TS1_01_prepare_model.py", prepared["config"]),
+            scenario.command("TS1_02_coverage_pruning.py", args.config),
+        ],
         "warnings": find_warnings(compared["models"], pruning["layers"], images),
     }
 

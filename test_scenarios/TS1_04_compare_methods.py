@@ -67,7 +67,7 @@ def show_comparison(scenario):
 
 def show_sweep(args, scenario):
     scenario.require_fine_tuned(SCRIPTS[""], args.data_dir)
-    args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)
+    args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)[:16]
     with only_run(scenario):
         record = None if args.fresh else find_record(scenario.record, args.config)
         if record:

@@ -10,8 +10,9 @@ from cleanai.scenario import PROJECT
 
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
-# What differs from run to run: times, and the checksum of a file that holds some.
-TIMES = {"seconds", "latency_ms", "throughput_images_per_s", "speedup", "fine_tuned_model"}
+# What differs from run to run: times, the checksums of files that hold some, and the folder.
+TIMES = {"seconds", "latency_ms", "latency_quantiles_ms", "throughput_images_per_s", "speedup"}
+TIMES |= {"fine_tuned_model", "checkpoints", "commands"}
 
 
 def start(script, *options, preexec_fn=None, **environment):

@@ -27,6 +27,11 @@ def test_networks_are_timed_in_turns(digits, compute):
         assert latency["n"] == 200
         assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
         assert latency["mean"] > 0
+        quantiles = timed[name]["latency_quantiles_ms"]
+        assert len(quantiles) == 49
+        assert quantiles == sorted(quantiles)
+        assert quantiles[24] == pytest.approx(latency["p50"], abs=1e-4)
+        assert quantiles[44] == pytest.approx(latency["p90"], abs=1e-4)
         assert timed[name]["throughput_images_per_s"] > 0
     singles = [name for name, size in calls if size == 1]
     warm_up = len(singles) - 2 * 300

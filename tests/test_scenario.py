@@ -67,3 +67,15 @@ def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, mo
         f"Fine-tuned model not found: {files.fine_tuned}. "
         "Run first: python test_scenarios/TS1_01_prepare_model.py"
     )
+
+
+def test_a_command_holds_all_settings():
+    config = {
+        "dataset": "Digits", "ratio": None, "macs_ratio": 0.3, "train_samples": None, "coverage_metric": "frequency",
+        "some_flag": True, "other_flag": False, "fine_tuned_model": "0" * 16, "conditions": "float32, 3 images",
+    }  # fmt: skip
+    files = Scenario("TS1", "ResNet18", "Digits", Path("Çalışma dosyaları"), "Coverage")
+    assert files.command("a.py", config) == (
+        'python test_scenarios/a.py --dataset Digits --checkpoints-dir "Çalışma dosyaları" '
+        "--ratio none --macs-ratio 0.3 --coverage-metric frequency --some-flag"
+    )

@@ -1,7 +1,10 @@
 """The scripts as a user runs them, on a few images: what they print, and what they leave."""
+import hashlib
 import json
+import shlex
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +114,39 @@ def test_the_same_seed_gives_the_same_but_for_the_times(digits_run, tmp_path):
     assert_same(outcome(folders[0]), {name: left for name, left in reference.items() if "Wanda" not in name})
 
 
+def test_the_record_tells_classes_layers_and_coverage(digits_run, digits):
+    folder, _ = digits_run
+    record = _record(folder, "Wanda")
+    final = folder / "TS1_Wanda_ResNet18_Digits" / "ResNet18_Digits_FTAP_W_final.pth"
+    correct = unpack(record["models"]["fine_tuned"]["correct_bits"], 360)
+    for label, row in enumerate(record["classes"]):
+        members = digits.test.labels.numpy() == label
+        assert (row["name"], row["images"]) == (str(label), members.sum())
+        assert row["fine_tuned_percent"] == pytest.approx(100 * correct[members].mean())
+    network = load_network(final)
+    for layer in record["layers"]:
+        own = network.get_submodule(layer["name"]).parameters()
+        assert layer["parameters_after"] == sum(p.numel() for p in own)
+    coverage = record["coverage"]
+    assert (coverage["profile_images"], coverage["images"]) == (64, 32)
+    widths = {layer["name"]: layer["channels_after"] for layer in record["pruning"]["layers"]}
+    for stage in ("pruned", "fine_tuned"):
+        neurons = {layer["name"]: layer["neurons"] for layer in coverage["models"][stage]["layers"]}
+        assert neurons["layer3.1.conv2"] == widths["layer3.1.conv1"], "an output is named after its reader"
+    assert record["checkpoints"][final.name] == hashlib.sha256(final.read_bytes()).hexdigest()
+    assert len(json.dumps(record)) < 100_000
+
+
+def test_the_recorded_commands_are_those_of_the_run(digits_run):
+    folder, _ = digits_run
+    for command in _record(folder, "Wanda")["commands"]:
+        python, script, *options = shlex.split(command)
+        assert python == "python"
+        again = run(Path(script).name, *options)
+        assert again.returncode == 0, again.stderr
+        assert "Already finished" in again.stdout, "no setting is another one"
+
+
 def test_the_methods_are_compared_without_measuring_again(digits_run, tmp_path):
     folder, _ = digits_run
     for path in folder.rglob("*.json"):  # the records alone
@@ -144,6 +180,9 @@ def test_the_report_shows_the_table(digits_run):
     assert "WANDA Pruning" in text
     assert f"{model['accuracy_percent']:.2f}" in text
     assert f"{model['latency_ms']['p90']:.2f}" in text
+    for part in ("These images show", "Test coverage", "Accuracy per class", "Commands that repeat this"):
+        assert part in text
+    assert '--checkpoints-dir "' + str(folder) in " ".join(text.split())
 
 
 def test_a_finished_script_prints_its_table_and_changes_nothing(digits_run):
