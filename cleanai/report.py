@@ -201,7 +201,8 @@ def _coverage(record: Record) -> list[Any]:
 
 
 def _with_change(values: list[float]) -> list[str]:
-    return [*(f"{value:.2f}" for value in values), f"{values[-1] - values[0]:+.2f}"]
+    change = round(values[-1] - values[0], 2) + 0.0  # never -0.00
+    return [*(f"{value:.2f}" for value in values), f"{change:+.2f}"]
 
 
 def _classes(record: Record) -> list[Any]:
