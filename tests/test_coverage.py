@@ -63,7 +63,7 @@ def residual(request):
     network.norm.bias.data[3] = -50  # a dead neuron
     if request.param == "pruned":
         compute = choose_compute("cpu", "float32")
-        prune_to_budget(network, WandaImportance(), TRAINING, TRAINING, compute, 0.3, None, 1, 16, 1)
+        prune_to_budget(network, WandaImportance(), TRAINING, TRAINING, compute, 0.3, None, 1, 16, [1])
         assert network.inner.out_channels < 24
     return network
 

@@ -11,11 +11,11 @@ from cleanai.importance import WandaImportance
 from cleanai.models import give_shapes
 from cleanai.pruning import prune_to_budget
 
-# One of each kind in every run: residual, flattened, depthwise with squeeze-and-excitation, concatenating, grouped.
-NETWORKS = ["resnet18", "vgg16_bn", "mobilenet_v3_small", "squeezenet1_1", "regnet_x_400mf"]
+# One of each kind in every run: residual, depthwise with squeeze-and-excitation, concatenating, grouped.
+NETWORKS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_x_400mf"]
 MORE = [
-    "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "densenet121", "efficientnet_b0", "googlenet",
-    "mnasnet1_0", "convnext_tiny",
+    "vgg16_bn", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "densenet121", "efficientnet_b0",
+    "googlenet", "mnasnet1_0", "convnext_tiny",
 ]  # fmt: skip
 SIDE = 64
 
