@@ -6,6 +6,7 @@ import pytest
 
 from cleanai.comparison_tables import comparison_text
 from cleanai.scenario import PROJECT
+from cleanai.sweep_report import sweep_text
 from cleanai.tables import comparison_table, preparation_table
 
 SPEEDS = sorted((PROJECT / "results" / "speed").glob("*.json"))
@@ -29,6 +30,8 @@ def test_a_readme_shows_what_was_measured(path, readme):
     record = json.loads(path.read_text(encoding="utf-8"))
     if "runs" in record:
         table = comparison_text(record)
+    elif "points" in record:
+        table = sweep_text(record)
     else:
         table = comparison_table(record) if record["method"] else preparation_table(record)
     assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1
