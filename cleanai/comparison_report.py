@@ -26,7 +26,7 @@ def pdf_comparison(record: Record) -> bytes:
     drawn = [(difference_name(d), d["difference_points"], d["interval_points"]) for d in tested]
     differences = table(
         [list(DIFFERENCE_COLUMNS), *difference_rows(record)],
-        [WIDTH * share for share in (0.46, 0.09, 0.17, 0.1, 0.08, 0.1)],
+        [WIDTH * share for share in (0.44, 0.09, 0.17, 0.1, 0.1, 0.1)],
     )
     layers = [run["pruning"]["layers"] for run in runs.values()]
     widths = {"Original": [layer["channels_before"] for layer in layers[0]]}
