@@ -18,11 +18,7 @@ from cleanai.significance import pack, unpack
 from cleanai.tables import MODELS
 from tests.test_tables import COMPARISON, EXPORT
 
-OLD_RECORDS = [
-    folder / f"TS1_{method}_ResNet18_CIFAR10.json"
-    for folder in (PROJECT / "tests" / "records", PROJECT / "results" / "cpu-short")
-    for method in ("Coverage", "Wanda")
-]
+OLD_RECORDS = sorted((PROJECT / "tests" / "records").rglob("TS1_*_ResNet18_CIFAR10.json"))
 
 
 @pytest.fixture
