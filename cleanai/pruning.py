@@ -83,6 +83,7 @@ def prune_to_budget(
             least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
             multiple, planned = _first_plan(groups, least, round_to, costs, goal)
             _require(shares, before, costs(planned))
+            left = {group.name: count for group, count in zip(groups, planned.tolist())}
         cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
         asked = [None if share is None else share * part for share in shares]
 
@@ -95,18 +96,19 @@ def prune_to_budget(
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
         # The whole way is planned anew in every step, and no step goes beyond the plan: what is left can be met.
-        planned = choose_cuts(costs, cuts, _at(losses, cuts, groups), goal, planned)
+        known = torch.tensor([left[group.name] for group in groups])
+        planned = choose_cuts(costs, cuts, _at(losses, cuts, groups), goal, known)
         cuts = [cut[: cut.index(int(most)) + 1] for cut, most in zip(cuts, planned)]
         removed = planned
         if step < steps:
             budget = Budget.removing(before, *asked)
             removed = choose_cuts(costs, cuts, _at(losses, cuts, groups), budget)
-        planned = planned - removed
+        left = {group.name: count for group, count in zip(groups, (planned - removed).tolist())}
         gone = {
             group.name: order[: int(count) * group.units // group.channels].tolist()
             for group, order, count in zip(groups, orders, removed)
         }
-        gone = distributed.agreed(gone)  # rounding must not lead processes to different networks
+        left, gone = distributed.agreed((left, gone))  # rounding must not lead processes to different networks
 
         if repair == "full":
             for layer, gram in grams.items():
@@ -174,13 +176,15 @@ def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tens
 def _first_plan(
     groups: list[Group], least: dict[str, int], round_to: Sequence[int], costs: Costs, goal: Budget
 ) -> tuple[int, torch.Tensor]:
-    """The first multiple in `round_to` with which the goal can be met, or else the last, and cuts (G,) that do so."""
+    """The first multiple in `round_to` that can meet the goal, or else comes nearest, and cuts (G,) that do so."""
+    plans = []
     for multiple in round_to:
         cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
         planned = choose_cuts(costs, cuts, [torch.zeros(len(cut)) for cut in cuts], goal)
-        if goal.missed(costs(planned), costs.now) == 0:
+        plans.append((goal.missed(costs(planned), costs.now).item(), multiple, planned))
+        if plans[-1][0] == 0:
             break
-    return multiple, planned
+    return min(plans, key=lambda plan: plan[0])[1:]
 
 
 def _at(losses: list[torch.Tensor], cuts: list[list[int]], groups: list[Group]) -> list[torch.Tensor]:

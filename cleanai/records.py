@@ -15,7 +15,7 @@ from cleanai.data import Images
 from cleanai.scenario import Scenario
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
-FEW_CHANNELS = 1 / 8  # of a layer's: pruning leaves a tenth at least, and widths are multiples of 8
+FEW_CHANNELS = 1 / 8  # of a layer's: pruning leaves a tenth at least, and widths are multiples of 8 or more
 
 
 def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:

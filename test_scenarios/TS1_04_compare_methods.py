@@ -95,7 +95,7 @@ def sweep(args, scenario):
     from cleanai.sweep import measure_network, measure_sweep
     from cleanai.training import train
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph)
+    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
