@@ -57,9 +57,7 @@ def fine_tune(
         remove_file(scenario.resume)  # there, when the earlier run was killed between its last two acts
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"], Evaluation.stored_in(finished, scenario.final)
-    share = min(batch_size, len(images.train))
-    if share % distributed.processes():
-        raise UserError(f"A batch of {share} images cannot be shared evenly by {distributed.processes()} processes")
+    _require_even_shares(images, batch_size)
 
     step = TrainingStep(network, images.train, compute)
     history: list[dict[str, float]] = []
@@ -112,9 +110,16 @@ def train(
     network: nn.Module, images: Images, compute: Compute, epochs: int, batch_size: int, lr: float, seed: int
 ) -> None:
     """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
+    _require_even_shares(images, batch_size)
     step = TrainingStep(network, images.train, compute)
     for epoch in range(1, epochs + 1):
         _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
+
+
+def _require_even_shares(images: Images, batch_size: int) -> None:
+    share = min(batch_size, len(images.train))
+    if share % distributed.processes():
+        raise UserError(f"A batch of {share} images cannot be shared evenly by {distributed.processes()} processes")
 
 
 def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute, batch_size: int) -> float:
