@@ -111,8 +111,9 @@ def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -
 def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
     """Differences of accuracy with their intervals, one below the other: label, points, interval in points."""
     left, line = 66 * mm, 7 * mm
-    drawing, chart = _canvas(LinePlot(), height=16 * mm + line * len(rows), title="")
-    chart.x, chart.width = left, drawing.width - left - 4 * mm
+    drawing = Drawing(WIDTH, 17 * mm + line * len(rows))
+    caption = "Difference in held-out accuracy with its 95% interval (percentage points)"
+    chart = _axes(drawing, LinePlot(), left - 10 * mm, 0, WIDTH - left + 8 * mm, drawing.height, "", caption)
     heights = [len(rows) - number - 0.5 for number in range(len(rows))]
     intervals = [[(low, y), (high, y)] for (_, _, (low, high)), y in zip(rows, heights)]
     points = [[(value, y)] for (_, value, _), y in zip(rows, heights)]
@@ -125,16 +126,11 @@ def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
     reach = 1.15 * max(abs(bound) for _, _, interval in rows for bound in interval) or 1
     chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = -reach, reach
     chart.xValueAxis.labelTextFormat = "%+.1f"
-    chart.xValueAxis.labels.fontName, chart.xValueAxis.labels.fontSize = FONT, 7
-    chart.xValueAxis.strokeColor = GREY
     chart.yValueAxis.valueMin, chart.yValueAxis.valueMax = 0, len(rows)
-    chart.yValueAxis.visible = False
+    chart.yValueAxis.visible = chart.yValueAxis.visibleGrid = False
     for (label, _, _), y in zip(rows, heights):
         height = chart.y + chart.height * y / len(rows) - 2
         drawing.add(String(0, height, label, fontName=FONT, fontSize=7))
-    middle = chart.x + chart.width / 2
-    caption = "Difference in held-out accuracy with its 95% interval (percentage points)"
-    drawing.add(String(middle, 2, caption, fontName=FONT, fontSize=7, textAnchor="middle"))
     return drawing
 
 
@@ -165,15 +161,6 @@ def _plot(chart: LinePlot, lines: list[list[tuple[float, float]]], styles: tuple
         line.strokeColor, line.strokeWidth, line.strokeDashArray = color, 1.5, dashes
         if marker:
             line.symbol = makeMarker(marker, size=4, fillColor=color, strokeColor=color)
-
-
-def _canvas(chart: Any, height: float, title: str, bottom: float = 10 * mm) -> tuple[Drawing, Any]:
-    drawing = Drawing(WIDTH, height)
-    chart.x, chart.y = 10 * mm, bottom
-    chart.width, chart.height = WIDTH - 14 * mm, height - bottom - 9 * mm
-    drawing.add(chart)
-    drawing.add(String(0, height - 9, title, fontName=FONT, fontSize=7))
-    return drawing, chart
 
 
 def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from reportlab.lib.utils import simpleSplit
 from reportlab.pdfbase.pdfmetrics import stringWidth
 from reportlab.platypus import Spacer
 
-from cleanai.charts import BOLD, DARK, FONT, GREY, LIGHT, WIDTH
+from cleanai.charts import BOLD, DARK, FONT, GREY, LIGHT, LINES, WIDTH
 from cleanai.checkpoints import read_record
 from cleanai.comparison import METHODS
 from cleanai.layout import build_pdf, pairs, section, table, text
@@ -246,7 +246,7 @@ def _panel(record: Record, cost: str) -> LinePlot:
     low, high = math.floor(min(accuracies) / mark) * mark, math.ceil((max(accuracies) + mark / 10) / mark) * mark
     plot.yValueAxis.valueMin, plot.yValueAxis.valueMax, plot.yValueAxis.valueStep = low, min(100, high), mark
     plot.yValueAxis.labelTextFormat = "%d"
-    plot.yValueAxis.visibleGrid, plot.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
+    plot.yValueAxis.visibleGrid, plot.yValueAxis.gridStrokeColor = True, LINES
     plot.xValueAxis.valueMin, plot.xValueAxis.valueMax, plot.xValueAxis.valueStep = 0, end, step
     plot.xValueAxis.labels.textAnchor = "middle"
     plot.xValueAxis.labelTextFormat = lambda gone: f"{gone:.0f}\n{original[cost] * (1 - gone / 100) / scale:#.3g}"
