@@ -6,6 +6,7 @@ needed: printing the table of a finished run takes none of it.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     )
     try:
         archive_bytes = verified_size(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of what it does itself
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
             raise damaged
         if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):

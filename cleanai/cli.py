@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Callable, NoReturn
 
 from cleanai import UserError, distributed
@@ -242,15 +243,15 @@ def run(main: Callable[[], None]) -> NoReturn:
             if not _received:
                 raise
             # What an interruption became on its way: torch.save, for one, raises a RuntimeError of its own then.
-            raise KeyboardInterrupt(_received[0]) from error
+            raise KeyboardInterrupt from error
     except UserError as error:
         sys.exit(f"Error: {error}" if distributed.rank() == 0 else 1)
-    except KeyboardInterrupt as interruption:
+    except KeyboardInterrupt:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one has nothing more to stop
         if distributed.rank() == 0:
             print(_STOPPED, file=sys.stderr)
-        sys.exit(128 + (interruption.args or [signal.SIGINT])[0])
+        sys.exit(128 + (_received or [signal.SIGINT])[0])
     except OSError as error:
         sys.exit(f"Error: {error}")
     except (RuntimeError, MemoryError) as error:
@@ -263,14 +264,16 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _stop(number: int, _: Any) -> NoReturn:
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for each in _SIGNALS:
         signal.signal(each, _stop_at_once)
+    if any("importlib" in each.f_code.co_filename for each, _ in traceback.walk_stack(frame)):
+        _stop_at_once(number, frame)  # packages being imported swallow what is raised, or abort
     _received.append(number)
-    raise KeyboardInterrupt(number)
+    raise KeyboardInterrupt
 
 
-def _stop_at_once(number: int, _: Any) -> NoReturn:
+def _stop_at_once(number: int, _: FrameType | None) -> NoReturn:
     # Where the first one was swallowed, as in a destructor, or is still being cleaned up after; the next run does that.
     os.write(2, f"{_STOPPED}\n".encode())
     os._exit(128 + number)

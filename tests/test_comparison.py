@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_a_damaged_record_is_named_and_nothing_is_written(told, tmp_path, damage
 
 def test_help_holds_the_options_that_it_takes_and_sets_those_of_the_sweep_apart():
     text, of_the_sweep = run(SCRIPT, "--help").stdout.split("\nwith --sweep:")
-    options = text.split("\noptions:")[1]
+    options = text.split("\noptional arguments:" if sys.version_info < (3, 10) else "\noptions:")[1]
     for option in ("--dataset", "--checkpoints-dir", "--sweep"):
         assert f"\n  {option}" in options and f"\n  {option}" not in of_the_sweep
     for option in ("--ratios", "--fresh", "--device", "--epochs", "--data-dir"):

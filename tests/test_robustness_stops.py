@@ -115,6 +115,28 @@ def test_a_second_ctrl_c_while_the_first_is_cleaned_up_after_is_no_traceback(tmp
     assert message.strip() == GOES_ON
 
 
+@posix
+def test_a_package_cannot_swallow_a_signal_while_it_is_imported(tmp_path):
+    package = "import time\ntry:\n  print('ready', flush=True); time.sleep(60)\nexcept BaseException:\n  pass\n"
+    (tmp_path / "swallowing.py").write_text(package, encoding="utf-8")
+    program = "from cleanai import cli\ndef main():\n import swallowing\n while True: pass\ncli.run(main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout.readline().strip() == "ready"
+    process.send_signal(signal.SIGTERM)
+    try:
+        _, message = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert message.strip() == GOES_ON
+
+
 def _holds(process):
     return process.stdout.readline().strip() == "locked"
 
