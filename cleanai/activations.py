@@ -12,6 +12,7 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
 CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+ROWS = 2**14  # of a layer's inputs: 32 for each of 512 channels
 # What is averaged. Frequency is the share of values above zero: PyTorch sums signs five times as fast as truth values.
 MOMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean_absolute": torch.abs,
@@ -54,30 +55,44 @@ def record_statistics(
     return {layer: ChannelStatistics(**dict(zip(moments, mean.cpu().clone()))) for layer, mean in means.items()}
 
 
-def record_grams(
+def record_rows(
     network: nn.Module,
     spreads: dict[nn.Module, int],
     images: ImageSet,
     compute: Compute,
     title: str = "Measuring how channels go together",
 ) -> dict[nn.Module, torch.Tensor]:
-    """Run `images` through `network` and return the Gram matrix of what each layer in `spreads` received.
+    """Run `images` through `network` and return rows of what each layer in `spreads` received: see `channel_rows`.
 
-    G = mean of x x^T over images and positions: (groups, C, C) float64, C being the input channels of each group of a
-    convolution. A linear layer behind a flatten reads each channel as so many features as `spreads` says, which count
-    as positions; for other layers it is 1. Streamed, and the network left as it was, as by `record_statistics`.
+    The network is left as it was, as by `record_statistics`. Raises UserError when a row is not finite.
     """
+    rows: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in spreads}
 
-    def measure(layer: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, int]:
-        if isinstance(layer, nn.Linear):
-            x = values.reshape(1, -1, values.shape[-1] // spreads[layer], spreads[layer])
-            x = x.movedim(2, 3).flatten(1, 2)  # (1, positions, C)
-        else:
-            x = values.movedim(1, -1).flatten(0, -2)
-            x = x.reshape(len(x), layer.groups, -1).movedim(1, 0)  # (groups, positions, C)
-        return x.transpose(1, 2) @ x, x.shape[1]
+    def keep(layer: nn.Module, values: torch.Tensor) -> None:
+        rows[layer].append(channel_rows(layer, values, len(images), spreads[layer]))
 
-    return _means(network, list(spreads), measure, images, compute, title)
+    observe(network, rows, keep, images, compute, title)
+    received = {layer: torch.cat(parts, 1) for layer, parts in rows.items()}
+    if not all(values.isfinite().all() for values in received.values()):
+        raise not_finite()
+    return received
+
+
+def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: int = 1) -> torch.Tensor:
+    """What `layer` receives, a row per image and position: (groups, rows, C), C being the channels of each group.
+
+    There are up to `ROWS` of them for so many `images`, from positions chosen at random, the same in every image. A
+    linear layer behind a flatten reads each channel as `spread` features, which count as positions.
+    """
+    if isinstance(layer, nn.Linear):
+        rows = values.reshape(len(values), -1, values.shape[-1] // spread, spread).movedim(2, 3).flatten(1, 2)
+    else:
+        rows = values.flatten(2).movedim(1, 2)  # (images, positions, channels)
+    most = max(1, ROWS // images)
+    if rows.shape[1] > most:
+        positions = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
+        rows = rows[:, positions[:most].to(rows.device)]
+    return rows.flatten(0, 1).unflatten(1, (getattr(layer, "groups", 1), -1)).movedim(1, 0)
 
 
 def _means(

@@ -10,15 +10,15 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError, distributed
-from cleanai.activations import CONSUMERS, record_grams, record_statistics
+from cleanai.activations import CONSUMERS, record_rows, record_statistics
 from cleanai.budget import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.groups import Group, find_groups, sound_groups
 from cleanai.importance import ActivationImportance
 from cleanai.progress import say
-from cleanai.reconstruction import output_errors, reconstruct
-from cleanai.repair import recalibrate
+from cleanai.reconstruction import gram_matrix, output_errors
+from cleanai.repair import recalibrate, reconstruct_in_order
 
 ROUND_TO = (32, 16, 8)  # tensor cores and AVX-512 are slower on odd widths than on no pruning at all
 
@@ -92,7 +92,8 @@ def prune_to_budget(
                 network, calibration, compute, title + "measuring channels", importance.moments
             )
         spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
-        grams = record_grams(network, spreads, repair_on, compute, title + "measuring relations")
+        received = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
+        grams = {layer: gram_matrix(rows) for layer, rows in received.items()}
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
         # The whole way is planned anew in every step, and no step goes beyond the plan: what is left can be met.
@@ -111,14 +112,13 @@ def prune_to_budget(
         left, gone = distributed.agreed((left, gone))  # rounding must not lead processes to different networks
 
         if repair == "full":
-            for layer, gram in grams.items():
-                rows = [group.inputs(layer)[gone[group.name]].flatten() for group in groups if layer in group.readers]
-                reconstruct(layer, gram, torch.cat(rows), spreads[layer])
+            lost = _lost_inputs(groups, gone)
+            reconstruct_in_order(network, received, lost, spreads, repair_on, compute, title + "reconstructing")
         _cut(graph, groups, gone)
         _cut(*_groups(unrepaired, example, sound), gone)
         for pruned in (network, unrepaired):
             compute.place(pruned)  # cutting takes the weights out of the channels-last order
-        if repair != "none":
+        if repair == "bn":
             recalibrate(network, repair_on, compute, batch_size, title + "recalibrating batch norm")
         distributed.agree_on(network)
         compute.synchronize()
@@ -147,6 +147,15 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
 def _groups(network: nn.Module, example: torch.Tensor, sound: set[str]) -> tuple[tp.DependencyGraph, list[Group]]:
     graph, groups = find_groups(network, example)
     return graph, [group for group in groups if group.name in sound]
+
+
+def _lost_inputs(groups: list[Group], gone: dict[str, list[int]]) -> dict[nn.Module, torch.Tensor]:
+    """Per layer the inputs (R,) that it loses with these units."""
+    lost: dict[nn.Module, list[torch.Tensor]] = {}
+    for group in groups:
+        for layer in group.readers:
+            lost.setdefault(layer, []).append(group.inputs(layer)[gone[group.name]].flatten())
+    return {layer: torch.cat(inputs) for layer, inputs in lost.items()}
 
 
 def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:

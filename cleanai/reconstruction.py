@@ -28,22 +28,32 @@ def set_kernels(layer: nn.Module, weight: torch.Tensor) -> None:
         layer.weight.copy_(weight.reshape(layer.weight.shape))
 
 
-def reconstruct(layer: nn.Module, gram: torch.Tensor, removed: torch.Tensor, spread: int = 1) -> None:
-    """Let the inputs that a layer keeps take over what they can say of the removed ones (He et al. 2017, 1707.06168).
+def gram_matrix(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of x x^T over rows x: (groups, rows, C) to (groups, C, C) float64."""
+    return (rows.transpose(1, 2) @ rows).double() / rows.shape[1]
 
-    `gram` is the layer's from `record_grams`, `removed` (R,) the input channels about to go, the same in each group of
-    a convolution. With P the kept ones, B = G[R, P] (G[P, P] + lambda I)^-1 predicts the removed inputs from them, and
-    W[:, P] + W[:, R] B at each kernel position replaces W[:, P]: of all weights the ones whose outputs come nearest to
-    what they were, a change costing lambda, `RIDGE` of the mean diagonal. The removed inputs' weights stay, to be cut.
+
+def reconstruct(
+    layer: nn.Module, before: torch.Tensor, now: torch.Tensor, removed: torch.Tensor, spread: int = 1
+) -> None:
+    """Give the inputs that a layer keeps the weights with which its outputs come nearest to what they were.
+
+    `before` and `now` are rows, as from `channel_rows`, of what it received and of what it receives; `removed` (R,) the
+    input channels that go, the same in each group of a convolution, whose weights become zero. With P the kept ones, M
+    = E[before now_P^T] (E[now_P now_P^T] + lambda I)^-1 predicts all inputs as they were, and W M at each kernel
+    position replaces W[:, P] (He et al. 2017, 1707.06168). Changing what is kept costs lambda, `RIDGE` of the mean
+    diagonal.
     """
-    if not len(removed):
-        return
-    kept = torch.ones(gram.shape[-1], dtype=torch.bool)
-    kept[removed] = False
-    kept, removed = kept.nonzero().flatten().to(gram.device), removed.to(gram.device)
-    taken_over = torch.cholesky_solve(gram[:, kept][:, :, removed], _factor(gram[:, kept][:, :, kept]))  # (g, P, R)
+    kept = torch.ones(now.shape[-1], dtype=torch.bool, device=now.device)
+    kept[removed.to(now.device)] = False
+    now = now[:, :, kept]
+    change = before.clone()
+    change[:, :, kept] -= now
+    products = (now.transpose(1, 2) @ change).double() / now.shape[1]  # (g, P, C)
+    taken_over = torch.cholesky_solve(products, _factor(gram_matrix(now)))
     weight = kernels(layer, spread)
-    weight[:, :, kept] += torch.einsum("gork,gpr->gopk", weight[:, :, removed], taken_over)
+    weight[:, :, kept] += torch.einsum("gock,gpc->gopk", weight, taken_over)
+    weight[:, :, ~kept] = 0
     set_kernels(layer, weight)
 
 

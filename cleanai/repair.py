@@ -1,33 +1,83 @@
-"""Batch norm recalibration, and what each part of the repair after pruning brings."""
+"""The repair after pruning: batch norm recalibrated, layers reconstructed in order, and what each part of it brings."""
 from __future__ import annotations
 
+import contextlib
 import itertools
+from typing import Iterator
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cleanai.activations import channel_rows
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation, evaluate
 from cleanai.progress import progress
+from cleanai.reconstruction import reconstruct
 
 
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
     """Set the running means and variances of batch norm to plain averages over `images`."""
     # Not torch's update_bn: it puts dropout and stochastic depth into training mode as well.
+    with _new_averages(network) as norms, torch.inference_mode(), compute.autocast():
+        # Every batch counts alike: a smaller last one is left out.
+        whole = max(1, len(images) // batch_size) if norms else 0
+        for inputs, _ in progress(itertools.islice(images.batches(batch_size), whole), title, "batch", total=whole):
+            network(inputs)
+
+
+@contextlib.contextmanager
+def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
+    """Let batch norm normalise by each batch that passes, and average over these; nothing else is in training mode."""
     norms = [m for m in network.eval().modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.train().momentum = None  # a cumulative average
-    # Every batch counts alike in it: a smaller last one is left out.
-    whole = max(1, len(images) // batch_size) if norms else 0
-    with torch.inference_mode(), compute.autocast():
-        for inputs, _ in progress(itertools.islice(images.batches(batch_size), whole), title, "batch", total=whole):
-            network(inputs)
-    for norm, momentum in zip(norms, momenta):
-        norm.eval().momentum = momentum
+    try:
+        yield norms
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.eval().momentum = momentum
+
+
+def reconstruct_in_order(
+    network: nn.Module,
+    received: dict[nn.Module, torch.Tensor],
+    removed: dict[nn.Module, torch.Tensor],
+    spreads: dict[nn.Module, int],
+    images: ImageSet,
+    compute: Compute,
+    title: str,
+) -> None:
+    """Let the layers of a network, one after the other as they run, make up for the channels that are about to go.
+
+    `received` are the rows of what each layer received from `images` (`record_rows`), `removed` the inputs (R,) that it
+    loses; their weights become zero. All images pass the network in one batch, which batch norm is recalibrated on, and
+    each layer, just before it runs, gets the weights with which its outputs come nearest to what they were, out of what
+    it receives now: so it makes up for what the layers before it could not, too. In memory are what `images` are
+    between two layers, and `received`.
+    """
+    waiting = dict(received)
+    bar = iter(progress(range(len(waiting)), title, "layer"))
+
+    def repair(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        before = waiting.pop(layer, None)
+        if before is None:  # it runs a second time
+            return
+        with torch.autocast(args[0].device.type, enabled=False):
+            now = channel_rows(layer, args[0].float(), len(images), spreads[layer])
+            reconstruct(layer, before, now, removed[layer], spreads[layer])
+        next(bar, None)
+
+    handles = [layer.register_forward_pre_hook(repair) for layer in waiting]
+    try:
+        with _new_averages(network), torch.no_grad(), compute.autocast():
+            network(next(images.batches(len(images)))[0])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def repair_accuracies(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from cleanai.activations import record_grams
+from cleanai import activations
+from cleanai.activations import record_rows
 from cleanai.data import ImageSet
-from cleanai.reconstruction import RIDGE, output_errors, reconstruct
+from cleanai.reconstruction import RIDGE, gram_matrix, output_errors, reconstruct
+from cleanai.repair import reconstruct_in_order
 
 READERS = {
     "convolution": (lambda: nn.Conv2d(8, 6, 3, padding=1), 1),
@@ -60,22 +62,22 @@ class TestEveryReader:
     def test_with_nothing_removed_nothing_moves(self, kind, pictures, compute):
         network, spread = _network(kind)
         layer = _layer(network[2])
-        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
         before = layer.weight.clone()
-        reconstruct(layer, gram, torch.tensor([], dtype=torch.long), spread)
+        reconstruct(layer, rows, rows, torch.tensor([], dtype=torch.long), spread)
         assert torch.equal(layer.weight, before)
 
     def test_a_repeated_channel_is_taken_over_whole(self, kind, pictures, compute):
         network, spread = _network(kind, repeat=True)
         layer = _layer(network[2])
-        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
         inputs = next(pictures.batches(20))[0]
         gone, everywhere = _gone(layer)
         with torch.inference_mode():
             before = network(inputs)
             cut = _without(network, everywhere, inputs)
-            lost = output_errors(layer, gram, gone[:, None], spread)
-            reconstruct(layer, gram, gone, spread)
+            lost = output_errors(layer, gram_matrix(rows), gone[:, None], spread)
+            reconstruct(layer, rows, rows, gone, spread)
             repaired = _without(network, everywhere, inputs)
         assert (cut - before).abs().max() > 0.05
         # What is missing is the ridge's doing.
@@ -87,13 +89,13 @@ class TestEveryReader:
         network, spread = _network(kind)
         layer = _layer(network[2])
         groups = getattr(layer, "groups", 1)
-        gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
         with torch.inference_mode():
             values = network[1](network[0](next(pictures.batches(50))[0]))
             values = values.mean((2, 3), keepdim=True) if kind == "linear" else values
         gone, _ = _gone(layer)
         before = copy.deepcopy(layer)
-        reconstruct(layer, gram, gone, spread)
+        reconstruct(layer, rows, rows, gone, spread)
         for group, channels in enumerate(torch.arange(8).chunk(groups)):
             x = values[:, channels].movedim(1, -1).flatten(0, -2).double()  # (positions, channels of this group)
             kept = [j for j in range(len(channels)) if j not in gone]
@@ -125,16 +127,16 @@ def test_the_error_told_is_the_error_left(kind, pictures, compute):
     else:
         network[2][-1].bias.data.zero_()
     layer = _layer(network[2])
-    gram = record_grams(network, {layer: spread}, pictures, compute)[layer]
+    rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
     groups = getattr(layer, "groups", 1)
     order = torch.tensor([2, 0, 1])[:, None]
-    told = output_errors(layer, gram, order, spread)
+    told = output_errors(layer, gram_matrix(rows), order, spread)
     assert (told.diff() >= 0).all()
     inputs = next(pictures.batches(50))[0]
     for count in (1, 2, 3):
         repaired = copy.deepcopy(network)
         gone = order[:count, 0]
-        reconstruct(_layer(repaired[2]), gram, gone, spread)
+        reconstruct(_layer(repaired[2]), rows, rows, gone, spread)
         everywhere = [int(j) + group * 8 // groups for j in gone for group in range(groups)]
         with torch.inference_mode():
             before = network(inputs)
@@ -142,23 +144,76 @@ def test_the_error_told_is_the_error_left(kind, pictures, compute):
         assert told[count - 1].item() == pytest.approx(left.item(), rel=0.05)
 
 
-def test_the_gram_matrix_is_the_mean_of_products_however_the_images_are_split(pictures, compute):
+def test_rows_are_those_that_a_layer_receives_however_the_images_are_split(pictures, compute, monkeypatch):
     network, _ = _network("grouped")
     layer = network[2]
     with torch.inference_mode():
-        values = network[:2](next(pictures.batches(50))[0]).double()
-    rows = values.movedim(1, -1).flatten(0, 2)
-    expected = torch.stack([half.T @ half / len(rows) for half in rows.chunk(2, dim=1)])
+        values = network[:2](next(pictures.batches(50))[0])
+    whole = torch.stack(values.movedim(1, -1).flatten(0, 2).chunk(2, dim=1))
     for size in (1, 16, 50):
-        gram = record_grams(network, {layer: 1}, pictures, replace(compute, inference_pixels=size * 64))[layer]
-        assert gram.shape == (2, 4, 4)  # one small matrix per group, whatever the number of images
-        torch.testing.assert_close(gram, expected, rtol=1e-5, atol=1e-6)
+        rows = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=size * 64))[layer]
+        torch.testing.assert_close(rows, whole)
+    expected = torch.einsum("gni,gnj->gij", whole.double(), whole.double()) / whole.shape[1]
+    torch.testing.assert_close(gram_matrix(rows), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(activations, "ROWS", 50 * 5)  # memory does not grow with the size of the images
+    few = record_rows(network, {layer: 1}, pictures, compute)[layer]
+    assert few.shape == (2, 50 * 5, 4)
+    positions = few[0, :5][:, None].eq(whole[0, :36]).all(2).int().argmax(1)  # in the first image
+    torch.testing.assert_close(few, whole.unflatten(1, (50, 36))[:, :, positions].flatten(1, 2))
 
 
-def test_a_layer_that_receives_nothing_is_left_alone(compute):
+def test_a_layer_that_receives_nothing_is_left_alone():
     layer = nn.Conv2d(4, 2, 1)
     before = layer.weight.clone()
-    gram = torch.zeros(1, 4, 4, dtype=torch.float64)
-    reconstruct(layer, gram, torch.tensor([1]), 1)
-    assert torch.equal(layer.weight, before)
-    assert output_errors(layer, gram, torch.tensor([[1], [2]]), 1).tolist() == [0, 0]
+    rows = torch.zeros(1, 20, 4)
+    reconstruct(layer, rows, rows, torch.tensor([1]), 1)
+    assert torch.equal(layer.weight[:, [0, 2, 3]], before[:, [0, 2, 3]])
+    assert output_errors(layer, gram_matrix(rows), torch.tensor([[1], [2]]), 1).tolist() == [0, 0]
+
+
+class TestInOrder:
+    """Three convolutions in a row; the second and the third read channels that can go."""
+
+    @pytest.fixture
+    def network(self):
+        torch.manual_seed(2)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 2, 1)
+        ).eval()
+
+    def _repaired(self, network, pictures, compute, gone, spoil=lambda network: None):
+        """A copy, spoiled and then repaired without these inputs of its second and third layer."""
+        network = copy.deepcopy(network)
+        spreads = {network[2]: 1, network[4]: 1}
+        received = record_rows(network, spreads, pictures, compute)
+        spoil(network)
+        reconstruct_in_order(network, received, dict(zip(spreads, gone)), spreads, pictures, compute, "")
+        assert not any(layer._forward_pre_hooks for layer in network)
+        return network
+
+    def test_what_changed_before_a_layer_is_made_up_for(self, network, pictures, compute):
+        def double(network):
+            network[0].weight.data *= 2
+            network[0].bias.data *= 2
+
+        inputs = next(pictures.batches(50))[0]
+        nothing = [torch.tensor([], dtype=torch.long)] * 2
+        with torch.inference_mode():
+            repaired = self._repaired(network, pictures, compute, nothing, double)
+            torch.testing.assert_close(repaired(inputs), network(inputs), rtol=1e-2, atol=1e-3)
+            assert torch.equal(self._repaired(network, pictures, compute, nothing)[2].weight, network[2].weight)
+
+    def test_less_is_lost_than_when_each_layer_looks_at_itself_alone(self, network, pictures, compute):
+        gone = [torch.arange(6), torch.arange(4)]
+        alone = copy.deepcopy(network)
+        for layer, removed in zip((alone[2], alone[4]), gone):
+            rows = record_rows(network, {network[2 if layer is alone[2] else 4]: 1}, pictures, compute)
+            (rows,) = rows.values()
+            reconstruct(layer, rows, rows, removed)
+        in_order = self._repaired(network, pictures, compute, gone)
+        inputs = next(pictures.batches(50))[0]
+        with torch.inference_mode():
+            errors = [(repaired(inputs) - network(inputs)).square().mean() for repaired in (in_order, alone)]
+        assert errors[0] < 0.9 * errors[1]
+        for layer, removed in zip((in_order[2], in_order[4]), gone):
+            assert not layer.weight[:, removed].any()
