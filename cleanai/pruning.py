@@ -53,10 +53,10 @@ def prune_to_budget(
     In each of `steps` equal steps the channels are measured anew on `calibration`, and `importance` puts those of each
     group in order. How many each group gives is chosen over the whole network, so that both shares are met, widths
     stay multiples of the first number in `round_to` that allows it, and the layers that read the channels lose least
-    (see `_losses`): first for the whole way, then for the part of it that the step goes. With `repair` "full"
-    these layers take over what the channels that stay can say of the removed ones, and batch norm is recalibrated; with
-    "bn" only the latter, with "none" neither. `repair_on` serves for all this; no label is looked at. What the network
-    puts out keeps its width. Instead of their number, `steps` can be the part of the way done after each, the last 1.
+    (see `_losses`): first for the whole way, then for the part of it that the step goes. With `repair` "full" these
+    layers are reconstructed in order and batch norm is recalibrated; with "bn" only the latter, with "none" neither.
+    `repair_on` serves for all this, all of it in one batch; no label is looked at. What the network puts out keeps its
+    width. Instead of their number, `steps` can be the part of the way done after each, the last 1.
 
     Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
     before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
@@ -168,11 +168,11 @@ def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tens
     residual stream, which many layers read, costs what they all lose. A score alone cannot tell this, since it does
     not know which channels can stand in for which.
 
-    Accuracy with half of the parameters and of the multiply-accumulates gone in one step, after repair and without
-    fine-tuning, on 2,500 training images that were not used for it (84.2% before), channels in the order of Neuron
-    Coverage and of WANDA: this rule 77.9 and 79.4; e itself 77.8 and 79.1; e without reconstruction 71.4 and 77.8;
-    summed scores as shares of their layer 76.2 and 77.6, by LAMP 75.6 and 76.7; with Neuron Coverage also as z-scores
-    71.7, over their mean 65.2, raw 65.3; the same share of every layer 75.9.
+    Accuracy with half of the parameters and of the multiply-accumulates gone in one step, each layer reconstructed by
+    itself and without fine-tuning, on 2,500 training images that were not used for it (84.2% before), channels in the
+    order of Neuron Coverage and of WANDA: this rule 77.9 and 79.4; e itself 77.8 and 79.1; e without reconstruction
+    71.4 and 77.8; summed scores as shares of their layer 76.2 and 77.6, by LAMP 75.6 and 76.7; with Neuron Coverage
+    also as z-scores 71.7, over their mean 65.2, raw 65.3; the same share of every layer 75.9.
     """
     kept = [
         1 - output_errors(layer, grams[layer], group.inputs(layer)[order], group.spreads[layer])

