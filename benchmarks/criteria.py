@@ -11,10 +11,7 @@ images, on which no channel was measured. An interrupted run goes on with the sa
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import statistics
-from pathlib import Path
 
 import torch
 import torch_pruning as tp
@@ -23,8 +20,9 @@ from reportlab.graphics.charts.lineplots import LinePlot
 from reportlab.graphics.shapes import Drawing, Line, String
 from reportlab.graphics.widgets.markers import makeMarker
 from reportlab.lib import colors
+from rows import known_rows, write_rows
 
-from cleanai import UserError, cli
+from cleanai import cli
 from cleanai.charts import DARK, GREY, LIGHT
 from cleanai.checkpoints import load_checkpoint
 from cleanai.compute import choose_compute
@@ -81,9 +79,7 @@ def main() -> None:
         "calibration_images": str(min(args.calibration_batches * BATCH_SIZE, len(pool))),
         "repair_images": str(min(args.repair_batches * BATCH_SIZE, len(images.train))),
     }
-    rows = [] if args.fresh or not path.exists() else read_rows(path)
-    if any({key: row[key] for key in facts} != facts for row in rows):
-        raise UserError(f"{path} was measured with another network or other images: start over with --fresh")
+    rows = known_rows(path, facts, args.fresh)
     runs = [(seed, name) for seed in range(SEEDS) for name in CRITERIA]
     for seed, name in runs:
         if not any((row["criterion"], row["seed"]) == (name, str(seed)) for row in rows):
@@ -191,21 +187,6 @@ def chart(rows: list[dict[str, str]]) -> Drawing:
         drawing.add(Line(x, height + 40, x + 22, height + 40, strokeColor=color, strokeWidth=2, strokeDashArray=dashes))
         drawing.add(String(x + 27, height + 37, name, fontName="Helvetica", fontSize=9))
     return drawing
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of an earlier run."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write all rows, over those of an earlier run."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode("utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The tables in the READMEs are those of the committed records."""
-import importlib.util
 import json
 
+import criteria
+import latency
 import pytest
+import rows
+import training_speed
 
 from cleanai.comparison_tables import comparison_text
 from cleanai.scenario import PROJECT
@@ -11,13 +14,6 @@ from cleanai.tables import comparison_table, preparation_table
 
 SPEEDS = sorted((PROJECT / "results" / "speed").glob("*.json"))
 RECORDS = sorted(set((PROJECT / "results").rglob("*.json")) - set(SPEEDS))
-
-
-def _benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, PROJECT / "benchmarks" / f"{name}.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    return benchmark
 
 
 def test_there_are_measured_results():
@@ -40,20 +36,19 @@ def test_a_readme_shows_what_was_measured(path, readme):
 @pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
 @pytest.mark.parametrize("path", SPEEDS, ids=lambda path: path.stem)
 def test_a_readme_shows_how_fast_it_is(path, readme):
-    benchmark = _benchmark({"training": "training_speed", "latency": "latency"}[path.stem.split("_")[0]])
+    benchmark = {"training": training_speed, "latency": latency}[path.stem.split("_")[0]]
     table = benchmark.table(json.loads(path.read_text(encoding="utf-8")))
     assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
 def test_a_readme_shows_how_the_criteria_compare(readme):
-    criteria = _benchmark("criteria")
     (path,) = criteria.FOLDER.glob("*.csv")
-    rows = criteria.read_rows(path)
+    measured = rows.read_rows(path)
     text = (PROJECT / readme).read_text(encoding="utf-8")
-    assert text.count(f"```\n{criteria.table(rows)}\n```") == 1
+    assert text.count(f"```\n{criteria.table(measured)}\n```") == 1
     assert path.with_suffix(".svg").relative_to(PROJECT).as_posix() in text
-    for row in rows:  # the budgets were met at every step
+    for row in measured:  # the budgets were met at every step
         asked = float(row["parameters_asked_percent"])
         assert abs(float(row["parameters_removed_percent"]) - asked) <= 0.1 + 1e-9
         assert 0 <= float(row["macs_removed_percent"]) - asked <= 0.5

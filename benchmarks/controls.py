@@ -1,0 +1,103 @@
+"""What does pruning leave that training would not give anyway? The networks of scripts 2 and 3 beside two controls.
+
+With the epochs, images and settings of these scripts it trains the network of script 1 without pruning it: that tells
+what the further epochs bring alone. And it trains networks of the very widths that the scripts pruned to, from random
+weights: that tells what the kept channels' weights are worth. An interrupted run goes on with the same command.
+
+    python benchmarks/controls.py                     # after scripts 1 to 3
+    python benchmarks/controls.py --dataset Digits    # after scripts 1 to 3 with Digits
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rows import known_rows, write_rows
+from torch import nn
+
+from cleanai import UserError, cli
+from cleanai.checkpoints import read_record
+from cleanai.compute import choose_compute
+from cleanai.evaluation import evaluate
+from cleanai.files import file_digest
+from cleanai.models import load_network
+from cleanai.scenario import PROJECT, Scenario
+from cleanai.sources import load_images
+from cleanai.training import train
+
+FOLDER = PROJECT / "results" / "controls"
+SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
+TITLES = {"Coverage": "Neuron Coverage", "Wanda": "WANDA"}
+SETTINGS = ("epochs", "batch_size", "lr", "train_samples", "seed", "precision", "calibration_batches")
+
+
+def main() -> None:
+    args = cli.parse(__doc__, dataset="CIFAR10", precision="auto")
+    scenarios = {method: Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir, method) for method in SCRIPTS}
+    records = {method: finished(scenario, SCRIPTS[method]) for method, scenario in scenarios.items()}
+    configs = [{name: record["config"][name] for name in SETTINGS} for record in records.values()]
+    if configs[0] != configs[1]:
+        raise UserError("Scripts 2 and 3 were run with other settings than each other: run both with the same, --fresh")
+    epochs, batch_size, lr, train_samples, seed, precision, calibration_batches = configs[0].values()
+    compute = choose_compute(args.device, precision)
+    print(compute.description)
+    images = load_images(args.dataset, args.data_dir).with_train_samples(train_samples, seed).to(compute.device)
+    _, heldout = images.calibration_split(calibration_batches * batch_size, seed)
+
+    path = FOLDER / f"{Scenario('TS1', 'ResNet18', args.dataset, args.checkpoints_dir).name}.csv"
+    facts = {"epochs": str(epochs), "train_images": str(len(images.train)), "lr": str(lr), "seed": str(seed)}
+    facts.update({f"{method}_sha256": file_digest(scenario.final) for method, scenario in scenarios.items()})
+    rows = known_rows(path, facts, args.fresh)
+
+    def add(network: str, trained: str, accuracy_percent: float, heldout_percent: float) -> None:
+        figures = {"accuracy_percent": f"{accuracy_percent:.2f}", "heldout_percent": f"{heldout_percent:.2f}"}
+        rows.append({"network": network, "trained": trained, **figures, **facts})
+        write_rows(path, rows)
+
+    def add_measured(network: str, trained: str, measured: dict[str, Any]) -> None:
+        add(network, trained, measured["accuracy_percent"], measured["accuracy_heldout_percent"])
+
+    def add_control(network: str, trained: str, control: nn.Module) -> None:
+        if any((row["network"], row["trained"]) == (network, trained) for row in rows):
+            return
+        print(f"{network}, {trained}", flush=True)
+        train(compute.place(control), images, compute, epochs, batch_size, lr, seed)
+        correct = evaluate(control, images.test, compute).correct.double()
+        add(network, trained, 100 * correct.mean().item(), 100 * correct[heldout].mean().item())
+
+    if not rows:
+        add_measured("Not pruned", "as script 1 left it", records["Coverage"]["models"]["original"])
+        for method, record in records.items():
+            add_measured(f"Pruned by {TITLES[method]}", "trained on", record["models"]["fine_tuned"])
+    add_control("Not pruned", "trained on", load_network(scenarios["Coverage"].fine_tuned))
+    for method, scenario in scenarios.items():
+        torch.manual_seed(seed)
+        control = load_network(scenario.pruned)
+        for module in control.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        add_control(f"Pruned by {TITLES[method]}", "its widths alone, from random weights", control)
+    print(f"\n{table(rows)}\n\n{path}")
+
+
+def finished(scenario: Scenario, script: str) -> dict[str, Any]:
+    """The record that a script left; UserError when there is none."""
+    record = read_record(scenario.record)
+    if record is None:
+        raise UserError(f"No record of {script}: {scenario.record}. Run first: {scenario.command(script)}")
+    return record
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Accuracy after training, a line for each network."""
+    epochs, count = int(rows[0]["epochs"]), int(rows[0]["train_images"])
+    trained = f"AFTER {epochs} FURTHER EPOCH{'S' if epochs > 1 else ''} OF {count:,} IMAGES - ACCURACY (%)"
+    lines = [f"{trained:<66}{'All test images':>17}{'Held-out':>12}"]
+    for row in sorted(rows, key=lambda row: row["network"]):  # stable: what belongs together stands together
+        name = f"{row['network']}, {row['trained']}"
+        lines.append(f"{name:<66}{row['accuracy_percent']:>17}{row['heldout_percent']:>12}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
