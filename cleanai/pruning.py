@@ -84,6 +84,8 @@ def prune_to_budget(
             multiple, planned = _first_plan(groups, least, round_to, costs, goal)
             _require(shares, before, costs(planned))
             left = {group.name: count for group, count in zip(groups, planned.tolist())}
+            if repair == "full":  # what other images made of batch norm is nothing to come near to
+                recalibrate(network, repair_on, compute, len(repair_on), "Recalibrating batch norm")
         cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
         asked = [None if share is None else share * part for share in shares]
 
