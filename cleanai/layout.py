@@ -160,4 +160,6 @@ def pairs(rows: list[tuple[str, str]], numbers: bool = False, abreast: int = 1) 
 
 
 def _escaped(text: str) -> str:
+    for sign in "=<":  # no line ends within "p = 0.05"
+        text = text.replace(f" {sign} ", f"\xa0{sign}\xa0")
     return text.replace("&", "&amp;").replace("<", "&lt;")

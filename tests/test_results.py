@@ -1,6 +1,7 @@
 """The tables in the READMEs are those of the committed records."""
 import json
 
+import controls
 import criteria
 import latency
 import pytest
@@ -52,3 +53,14 @@ def test_a_readme_shows_how_the_criteria_compare(readme):
         asked = float(row["parameters_asked_percent"])
         assert abs(float(row["parameters_removed_percent"]) - asked) <= 0.1 + 1e-9
         assert 0 <= float(row["macs_removed_percent"]) - asked <= 0.5
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
+def test_a_readme_shows_what_the_controls_are(readme):
+    (path,) = controls.FOLDER.glob("*.csv")
+    measured = rows.read_rows(path)
+    assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{controls.table(measured)}\n```") == 1
+    for method in controls.SCRIPTS:  # they are controls of the networks that the other results are about
+        (record,) = [record for record in RECORDS if record.stem == path.stem.replace("TS1", f"TS1_{method}")]
+        final = json.loads(record.read_text(encoding="utf-8"))["checkpoints"]
+        assert {row[f"{method}_sha256"] for row in measured} <= set(final.values())
