@@ -17,6 +17,7 @@ from torch import nn
 
 from cleanai import UserError, cli
 from cleanai.checkpoints import read_record
+from cleanai.comparison import METHODS
 from cleanai.compute import choose_compute
 from cleanai.evaluation import evaluate
 from cleanai.files import file_digest
@@ -27,7 +28,6 @@ from cleanai.training import train
 
 FOLDER = PROJECT / "results" / "controls"
 SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
-TITLES = {"Coverage": "Neuron Coverage", "Wanda": "WANDA"}
 SETTINGS = ("epochs", "batch_size", "lr", "train_samples", "seed", "precision", "calibration_batches")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     if not rows:
         add_measured("Not pruned", "as script 1 left it", records["Coverage"]["models"]["original"])
         for method, record in records.items():
-            add_measured(f"Pruned by {TITLES[method]}", "trained on", record["models"]["fine_tuned"])
+            add_measured(f"Pruned by {METHODS[method]}", "trained on", record["models"]["fine_tuned"])
     add_control("Not pruned", "trained on", load_network(scenarios["Coverage"].fine_tuned))
     for method, scenario in scenarios.items():
         torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def main() -> None:
         for module in control.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        add_control(f"Pruned by {TITLES[method]}", "its widths alone, from random weights", control)
+        add_control(f"Pruned by {METHODS[method]}", "its widths alone, from random weights", control)
     print(f"\n{table(rows)}\n\n{path}")
 
 

@@ -41,18 +41,24 @@ def record_statistics(
 
     The input of a layer is what its channels are worth to it: after batch norm, activation and residual addition. The
     sums are streamed, so memory does not grow with the images, and how they are split into batches does not matter.
-    The network runs in evaluation mode and is left as it was: mode, buffers and hooks.
+    The network runs in evaluation mode and is left as it was: mode, buffers and hooks. Raises UserError when a mean is
+    not finite.
     """
+    sums: dict[nn.Module, torch.Tensor] = {}  # (moments, C)
+    counts: dict[nn.Module, int] = {}
 
-    def measure(layer: nn.Module, values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def add(layer: nn.Module, values: torch.Tensor) -> None:
         channel = values.ndim - 1 if isinstance(layer, nn.Linear) else 1
         rest = [dim for dim in range(values.ndim) if dim != channel]
-        sums = torch.stack([MOMENTS[name](values).sum(rest) for name in moments])  # (moments, C)
-        return sums, values.numel() // values.shape[channel]
+        more = torch.stack([MOMENTS[name](values).sum(rest) for name in moments])
+        sums[layer] = sums.get(layer, 0) + more.double()  # float64 over the batches
+        counts[layer] = counts.get(layer, 0) + values.numel() // values.shape[channel]
 
-    layers = [m for m in network.modules() if isinstance(m, CONSUMERS)]
-    means = _means(network, layers, measure, images, compute, title)
-    return {layer: ChannelStatistics(**dict(zip(moments, mean.cpu().clone()))) for layer, mean in means.items()}
+    observe(network, [m for m in network.modules() if isinstance(m, CONSUMERS)], add, images, compute, title)
+    if not all(total.isfinite().all() for total in sums.values()):
+        raise not_finite()
+    means = {layer: (total / counts[layer]).cpu().clone() for layer, total in sums.items()}
+    return {layer: ChannelStatistics(**dict(zip(moments, mean))) for layer, mean in means.items()}
 
 
 def record_rows(
@@ -93,30 +99,6 @@ def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: in
         positions = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
         rows = rows[:, positions[:most].to(rows.device)]
     return rows.flatten(0, 1).unflatten(1, (getattr(layer, "groups", 1), -1)).movedim(1, 0)
-
-
-def _means(
-    network: nn.Module,
-    layers: Iterable[nn.Module],
-    measure: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, int]],
-    images: ImageSet,
-    compute: Compute,
-    title: str,
-) -> dict[nn.Module, torch.Tensor]:
-    """The mean, in float64, of what `measure` sums over each layer's input, and of which it tells the number.
-
-    Raises UserError when it is not finite.
-    """
-    sums: dict[nn.Module, tuple] = {}
-
-    def add(layer: nn.Module, values: torch.Tensor) -> None:
-        (total, count), (more, number) = sums.get(layer, (0, 0)), measure(layer, values)
-        sums[layer] = (total + more.double(), count + number)  # float64 over the batches
-
-    observe(network, layers, add, images, compute, title)
-    if not all(total.isfinite().all() for total, _ in sums.values()):
-        raise not_finite()
-    return {layer: total / count for layer, (total, count) in sums.items()}
 
 
 def observe(
