@@ -13,6 +13,8 @@ from cleanai.data import ImageSet
 
 CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 ROWS = 2**14  # of a layer's inputs: 32 for each of 512 channels
+WINDOWS = 2**13  # of what a convolution's kernel sees
+ROWS_PER_WEIGHT = 3  # fewer, and least squares learns the images by heart; wider layers also cost the most time
 # What is averaged. Frequency is the share of values above zero: PyTorch sums signs five times as fast as truth values.
 MOMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean_absolute": torch.abs,
@@ -67,21 +69,30 @@ def record_rows(
     images: ImageSet,
     compute: Compute,
     title: str = "Measuring how channels go together",
-) -> dict[nn.Module, torch.Tensor]:
-    """Run `images` through `network` and return rows of what each layer in `spreads` received: see `channel_rows`.
+) -> tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]]:
+    """Run `images` through `network` and return rows of what layers receive, and of what convolutions make of it.
 
-    The network is left as it was, as by `record_statistics`. Raises UserError when a row is not finite.
+    The first are those of each layer in `spreads`, as `channel_rows` says. The second are outputs without bias,
+    (groups, rows, outputs per group), for the rows that `window_rows` says, of those convolutions among them that
+    there are `ROWS_PER_WEIGHT` for. The network is left as it was, as by `record_statistics`. Raises UserError when a
+    row is not finite.
     """
-    rows: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in spreads}
+    inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in spreads}
+    outputs: dict[nn.Module, list[torch.Tensor]] = {}
 
     def keep(layer: nn.Module, values: torch.Tensor) -> None:
-        rows[layer].append(channel_rows(layer, values, len(images), spreads[layer]))
+        inputs[layer].append(channel_rows(layer, values, len(images), spreads[layer]))
+        if sees_windows(layer):
+            seen = window_rows(layer, values, len(images))
+            if seen.shape[1] * len(images) >= ROWS_PER_WEIGHT * seen.shape[2] * len(values):
+                weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
+                outputs.setdefault(layer, []).append(seen @ weight.transpose(1, 2))
 
-    observe(network, rows, keep, images, compute, title)
-    received = {layer: torch.cat(parts, 1) for layer, parts in rows.items()}
-    if not all(values.isfinite().all() for values in received.values()):
+    observe(network, inputs, keep, images, compute, title)
+    received, given = ({layer: torch.cat(rows, 1) for layer, rows in parts.items()} for parts in (inputs, outputs))
+    if not all(rows.isfinite().all() for rows in received.values()):
         raise not_finite()
-    return received
+    return received, given
 
 
 def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: int = 1) -> torch.Tensor:
@@ -94,11 +105,40 @@ def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: in
         rows = values.reshape(len(values), -1, values.shape[-1] // spread, spread).movedim(2, 3).flatten(1, 2)
     else:
         rows = values.flatten(2).movedim(1, 2)  # (images, positions, channels)
-    most = max(1, ROWS // images)
-    if rows.shape[1] > most:
-        positions = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
-        rows = rows[:, positions[:most].to(rows.device)]
+    rows = rows[:, _chosen(rows.shape[1], ROWS // images).to(rows.device)]
     return rows.flatten(0, 1).unflatten(1, (getattr(layer, "groups", 1), -1)).movedim(1, 0)
+
+
+def sees_windows(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution whose kernel sees more than one position, zeros beyond the border."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size != (1, 1)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
+def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Tensor:
+    """What the kernel of `layer` sees, a row per image and position: (groups, rows, C * kernel positions).
+
+    There are up to `WINDOWS` of them for so many `images`, from positions of the output chosen at random, the same in
+    every image; columns are in the order of the layer's weights.
+    """
+    windows = nn.functional.pad(values, [padding for padding in reversed(layer.padding) for _ in range(2)])
+    for dim, kernel, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
+        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    chosen = _chosen(windows.shape[2] * windows.shape[3], WINDOWS // images).to(values.device)
+    down, across = chosen.div(windows.shape[3], rounding_mode="floor"), chosen % windows.shape[3]
+    rows = windows[:, :, down, across].movedim(1, 2)  # only here windows are copied
+    return rows.flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
+
+
+def _chosen(positions: int, most: int) -> torch.Tensor:
+    """Up to so many of `positions`, at least one, at random and always the same."""
+    if positions <= most:
+        return torch.arange(positions)
+    return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[: max(1, most)]
 
 
 def observe(

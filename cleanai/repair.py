@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cleanai.activations import channel_rows
+from cleanai.activations import channel_rows, window_rows
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation, evaluate
 from cleanai.progress import progress
-from cleanai.reconstruction import reconstruct
+from cleanai.reconstruction import reconstruct, reconstruct_windows
 
 
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
@@ -45,6 +45,7 @@ def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
 def reconstruct_in_order(
     network: nn.Module,
     received: dict[nn.Module, torch.Tensor],
+    given: dict[nn.Module, torch.Tensor],
     removed: dict[nn.Module, torch.Tensor],
     spreads: dict[nn.Module, int],
     images: ImageSet,
@@ -53,11 +54,11 @@ def reconstruct_in_order(
 ) -> None:
     """Let the layers of a network, one after the other as they run, make up for the channels that are about to go.
 
-    `received` are the rows of what each layer received from `images` (`record_rows`), `removed` the inputs (R,) that it
-    loses; their weights become zero. All images pass the network in one batch, which batch norm is recalibrated on, and
-    each layer, just before it runs, gets the weights with which its outputs come nearest to what they were, out of what
-    it receives now: so it makes up for what the layers before it could not, too. In memory are what `images` are
-    between two layers, and `received`.
+    `received` and `given` are the rows of what layers received and made of `images` (`record_rows`), `removed` the
+    inputs (R,) that each loses; their weights become zero. All images pass the network in one batch, which batch norm
+    is recalibrated on, and each layer, just before it runs, gets the weights with which its outputs come nearest to
+    what they were, out of what it receives now: so it makes up for what the layers before it could not, too. In memory
+    are what `images` are between two layers, and the rows.
 
     Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
     in five steps: 82.2 with Neuron Coverage and 82.5 with WANDA; each layer reconstructed by itself, 81.2 and 81.5.
@@ -72,6 +73,9 @@ def reconstruct_in_order(
         with torch.autocast(args[0].device.type, enabled=False):
             now = channel_rows(layer, args[0].float(), len(images), spreads[layer])
             reconstruct(layer, before, now, removed[layer], spreads[layer])
+            if layer in given:
+                seen = window_rows(layer, args[0].float(), len(images))
+                reconstruct_windows(layer, given[layer], seen, removed[layer])
         next(bar, None)
 
     handles = [layer.register_forward_pre_hook(repair) for layer in waiting]

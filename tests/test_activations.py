@@ -82,7 +82,7 @@ def test_a_network_that_computes_no_finite_numbers_is_refused(small, pictures, c
 
 def test_products_between_channels_are_not_taken_in_the_low_precision_of_the_network(small, pictures):
     layer, seen = small[3], []
-    gram = gram_matrix(record_rows(small, {layer: 1}, pictures, choose_compute("cpu", "bfloat16"))[layer])
+    gram = gram_matrix(record_rows(small, {layer: 1}, pictures, choose_compute("cpu", "bfloat16"))[0][layer])
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         small.eval()(next(pictures.batches(37))[0])

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from cleanai import activations
-from cleanai.activations import record_rows
+from cleanai.activations import record_rows, window_rows
 from cleanai.data import ImageSet
-from cleanai.reconstruction import RIDGE, gram_matrix, output_errors, reconstruct
+from cleanai.reconstruction import RIDGE, WINDOW_RIDGE, gram_matrix, output_errors, reconstruct, reconstruct_windows
 from cleanai.repair import reconstruct_in_order
 
 READERS = {
@@ -62,7 +62,7 @@ class TestEveryReader:
     def test_with_nothing_removed_nothing_moves(self, kind, pictures, compute):
         network, spread = _network(kind)
         layer = _layer(network[2])
-        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[0][layer]
         before = layer.weight.clone()
         reconstruct(layer, rows, rows, torch.tensor([], dtype=torch.long), spread)
         assert torch.equal(layer.weight, before)
@@ -70,7 +70,7 @@ class TestEveryReader:
     def test_a_repeated_channel_is_taken_over_whole(self, kind, pictures, compute):
         network, spread = _network(kind, repeat=True)
         layer = _layer(network[2])
-        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[0][layer]
         inputs = next(pictures.batches(20))[0]
         gone, everywhere = _gone(layer)
         with torch.inference_mode():
@@ -89,7 +89,7 @@ class TestEveryReader:
         network, spread = _network(kind)
         layer = _layer(network[2])
         groups = getattr(layer, "groups", 1)
-        rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
+        rows = record_rows(network, {layer: spread}, pictures, compute)[0][layer]
         with torch.inference_mode():
             values = network[1](network[0](next(pictures.batches(50))[0]))
             values = values.mean((2, 3), keepdim=True) if kind == "linear" else values
@@ -127,7 +127,7 @@ def test_the_error_told_is_the_error_left(kind, pictures, compute):
     else:
         network[2][-1].bias.data.zero_()
     layer = _layer(network[2])
-    rows = record_rows(network, {layer: spread}, pictures, compute)[layer]
+    rows = record_rows(network, {layer: spread}, pictures, compute)[0][layer]
     groups = getattr(layer, "groups", 1)
     order = torch.tensor([2, 0, 1])[:, None]
     told = output_errors(layer, gram_matrix(rows), order, spread)
@@ -151,12 +151,12 @@ def test_rows_are_those_that_a_layer_receives_however_the_images_are_split(pictu
         values = network[:2](next(pictures.batches(50))[0])
     whole = torch.stack(values.movedim(1, -1).flatten(0, 2).chunk(2, dim=1))
     for size in (1, 16, 50):
-        rows = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=size * 64))[layer]
+        rows = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=size * 64))[0][layer]
         torch.testing.assert_close(rows, whole)
     expected = torch.einsum("gni,gnj->gij", whole.double(), whole.double()) / whole.shape[1]
     torch.testing.assert_close(gram_matrix(rows), expected, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(activations, "ROWS", 50 * 5)  # memory does not grow with the size of the images
-    few = record_rows(network, {layer: 1}, pictures, compute)[layer]
+    few = record_rows(network, {layer: 1}, pictures, compute)[0][layer]
     assert few.shape == (2, 50 * 5, 4)
     positions = few[0, :5][:, None].eq(whole[0, :36]).all(2).int().argmax(1)  # in the first image
     torch.testing.assert_close(few, whole.unflatten(1, (50, 36))[:, :, positions].flatten(1, 2))
@@ -169,6 +169,100 @@ def test_a_layer_that_receives_nothing_is_left_alone():
     reconstruct(layer, rows, rows, torch.tensor([1]), 1)
     assert torch.equal(layer.weight[:, [0, 2, 3]], before[:, [0, 2, 3]])
     assert output_errors(layer, gram_matrix(rows), torch.tensor([[1], [2]]), 1).tolist() == [0, 0]
+
+
+KERNELS = {
+    "plain": {"kernel_size": 3},
+    "padded, strided": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "grouped, dilated": {"kernel_size": 2, "dilation": 2, "groups": 2},
+    "of two sizes": {"kernel_size": (1, 3), "padding": (0, 1), "stride": (2, 1)},
+}
+
+
+class TestWindows:
+    @pytest.fixture(params=KERNELS)
+    def network(self, request):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, **KERNELS[request.param])).eval()
+
+    def test_rows_are_what_the_kernel_sees_and_what_it_makes_of_it(self, network, pictures, compute, monkeypatch):
+        layer = network[2]
+        with torch.inference_mode():
+            values = network[:2](next(pictures.batches(50))[0])
+            outputs = network[2](values) - layer.bias[:, None, None]
+        groups, (_, _, height, width) = layer.groups, outputs.shape
+        sizes = {name: getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")}
+        whole = nn.functional.unfold(values, **sizes).movedim(1, 2).flatten(0, 1)  # (images * positions, C * kernel)
+        whole = torch.stack(whole.chunk(groups, 1))
+        torch.testing.assert_close(window_rows(layer, values, 50), whole)
+        _, given = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=16 * 64))
+        expected = torch.stack(outputs.movedim(1, -1).flatten(0, 2).chunk(groups, 1))
+        torch.testing.assert_close(given[layer], expected, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(activations, "WINDOWS", 50 * 3)
+        few = window_rows(layer, values, 50)
+        assert few.shape == (groups, 150, whole.shape[2])
+        weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
+        made = (few @ weight.transpose(1, 2)).unflatten(1, (50, 3))[:, 0]  # of the first image
+        nearest = torch.cdist(made, expected.unflatten(1, (50, height * width))[:, 0]).amin(2)
+        assert (nearest < 1e-4).all()
+
+    def test_it_is_least_squares(self, network, pictures, compute):
+        """The new weights solve min |given - seen W^T|^2 + lambda |W - old W|^2, by stacked float64 rows."""
+        layer, gone = network[2], torch.tensor([1])
+        _, given = record_rows(network, {layer: 1}, pictures, compute)
+        with torch.inference_mode():
+            seen = window_rows(layer, 0.9 * network[:2](next(pictures.batches(50))[0]), 50)  # as if something had gone
+        layer.weight.data[:, gone] = 0
+        before = copy.deepcopy(layer)
+        reconstruct_windows(layer, given[layer], seen, gone)
+        positions = layer.weight[0, 0].numel()
+        kept = torch.tensor([j for j in range(seen.shape[2]) if j // positions != 1])
+        for group in range(layer.groups):
+            x, old, new = (
+                values.double() for values in (
+                    seen[group][:, kept],
+                    *(one.weight.detach().chunk(layer.groups)[group].flatten(1)[:, kept] for one in (before, layer)),
+                )
+            )
+            ridge = WINDOW_RIDGE * x.square().mean()
+            rows = torch.cat([x / len(x) ** 0.5, ridge.sqrt() * torch.eye(len(kept)).double()])
+            target = torch.cat([given[layer][group].double() / len(x) ** 0.5, ridge.sqrt() * old.T])
+            torch.testing.assert_close(new, torch.linalg.lstsq(rows, target).solution.T, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(new, old, atol=1e-3)
+        assert not layer.weight[:, gone].any()
+
+    def test_a_shifted_channel_is_taken_over_by_its_neighbours(self, pictures, compute, monkeypatch):
+        """What one channel tells, the other told one position before: no weight of a single position can use that."""
+        torch.manual_seed(1)
+        first = nn.Conv2d(3, 8, 3)
+        first.weight.data[1] = 0
+        first.weight.data[0, :, :, 2] = 0
+        first.weight.data[1, :, :, 1:] = first.weight.data[0, :, :, :2]
+        first.bias.data[1] = first.bias[0]
+        reader = nn.Conv2d(8, 6, 3)
+        reader.weight.data[:, 1, :, 2] = 0  # it looks at the shifted channel where it sees the other, too
+        network = nn.Sequential(first, nn.ReLU(), reader).eval()
+        inputs = next(pictures.batches(50))[0]
+        errors = []
+        for rows_per_weight in (3, float("inf")):
+            monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", rows_per_weight)
+            repaired = copy.deepcopy(network)
+            spreads = {repaired[2]: 1}
+            received, given = record_rows(repaired, spreads, pictures, compute)
+            reconstruct_in_order(
+                repaired, received, given, {repaired[2]: torch.tensor([1])}, spreads, pictures, compute, ""
+            )
+            with torch.inference_mode():
+                errors.append((repaired(inputs) - network(inputs)).square().mean())
+        assert errors[0] < 0.2 * errors[1]
+
+    def test_from_too_few_rows_nothing_is_learned(self, network, pictures, compute, monkeypatch):
+        layer = network[2]
+        _, given = record_rows(network, {layer: 1}, pictures, compute)
+        rows_per_weight = given[layer].shape[1] / layer.weight[0].numel()
+        for least, learned in ((rows_per_weight, True), (rows_per_weight + 0.1, False)):
+            monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", least)
+            assert bool(record_rows(network, {layer: 1}, pictures, compute)[1]) == learned
 
 
 class TestInOrder:
@@ -185,9 +279,9 @@ class TestInOrder:
         """A copy, spoiled and then repaired without these inputs of its second and third layer."""
         network = copy.deepcopy(network)
         spreads = {network[2]: 1, network[4]: 1}
-        received = record_rows(network, spreads, pictures, compute)
+        received, given = record_rows(network, spreads, pictures, compute)
         spoil(network)
-        reconstruct_in_order(network, received, dict(zip(spreads, gone)), spreads, pictures, compute, "")
+        reconstruct_in_order(network, received, given, dict(zip(spreads, gone)), spreads, pictures, compute, "")
         assert not any(layer._forward_pre_hooks for layer in network)
         return network
 
@@ -207,7 +301,7 @@ class TestInOrder:
         gone = [torch.arange(6), torch.arange(4)]
         alone = copy.deepcopy(network)
         for layer, removed in zip((alone[2], alone[4]), gone):
-            rows = record_rows(network, {network[2 if layer is alone[2] else 4]: 1}, pictures, compute)
+            rows, _ = record_rows(network, {network[2 if layer is alone[2] else 4]: 1}, pictures, compute)
             (rows,) = rows.values()
             reconstruct(layer, rows, rows, removed)
         in_order = self._repaired(network, pictures, compute, gone)
