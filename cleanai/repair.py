@@ -61,7 +61,8 @@ def reconstruct_in_order(
     are what `images` are between two layers, and the rows.
 
     Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
-    in five steps: 82.2 with Neuron Coverage and 82.5 with WANDA; each layer reconstructed by itself, 81.2 and 81.5.
+    in five steps: 83.1 with Neuron Coverage and 83.4 with WANDA; without windows 82.2 and 82.5, and with each layer
+    reconstructed by itself 81.2 and 81.5.
     """
     waiting = dict(received)
     bar = iter(progress(range(len(waiting)), title, "layer"))
