@@ -89,10 +89,10 @@ def record_rows(
                 outputs.setdefault(layer, []).append(seen @ weight.transpose(1, 2))
 
     observe(network, inputs, keep, images, compute, title)
-    received, given = ({layer: torch.cat(rows, 1) for layer, rows in parts.items()} for parts in (inputs, outputs))
+    received, made = ({layer: torch.cat(rows, 1) for layer, rows in parts.items()} for parts in (inputs, outputs))
     if not all(rows.isfinite().all() for rows in received.values()):
         raise not_finite()
-    return received, given
+    return received, made
 
 
 def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: int = 1) -> torch.Tensor:

@@ -94,7 +94,7 @@ def prune_to_budget(
                 network, calibration, compute, title + "measuring channels", importance.moments
             )
         spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
-        received, given = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
+        received, made = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
         grams = {layer: gram_matrix(rows) for layer, rows in received.items()}
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
@@ -115,7 +115,7 @@ def prune_to_budget(
 
         if repair == "full":
             lost = _lost_inputs(groups, gone)
-            reconstruct_in_order(network, received, given, lost, spreads, repair_on, compute, title + "reconstructing")
+            reconstruct_in_order(network, received, made, lost, spreads, repair_on, compute, title + "reconstructing")
         _cut(graph, groups, gone)
         _cut(*_groups(unrepaired, example, sound), gone)
         for pruned in (network, unrepaired):

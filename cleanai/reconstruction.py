@@ -58,18 +58,18 @@ def reconstruct(
     set_kernels(layer, weight)
 
 
-def reconstruct_windows(layer: nn.Conv2d, given: torch.Tensor, seen: torch.Tensor, removed: torch.Tensor) -> None:
-    """Change each weight of the inputs that a convolution keeps so that its outputs come nearest to `given`.
+def reconstruct_windows(layer: nn.Conv2d, made: torch.Tensor, seen: torch.Tensor, removed: torch.Tensor) -> None:
+    """Change each weight of the inputs that a convolution keeps so that its outputs come nearest to `made`.
 
     `reconstruct` moves weights between channels, at each kernel position alike; from its solution this goes on with
-    what the whole kernel sees, since neighbouring positions tell of what is lost, too. `given` and `seen` are rows as
+    what the whole kernel sees, since neighbouring positions tell of what is lost, too. `made` and `seen` are rows as
     from `record_rows` and `window_rows`. A change costs `WINDOW_RIDGE` of the mean diagonal.
     """
     weight = kernels(layer, 1)
     kept = torch.ones(weight.shape[2], dtype=torch.bool, device=weight.device)
     kept[removed.to(weight.device)] = False
     seen = seen[:, :, kept.repeat_interleave(weight.shape[3])]
-    missing = given - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
+    missing = made - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
     products = (seen.transpose(1, 2) @ missing).double() / seen.shape[1]
     change = torch.cholesky_solve(products, _factor(gram_matrix(seen), WINDOW_RIDGE))
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))

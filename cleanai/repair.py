@@ -45,7 +45,7 @@ def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
 def reconstruct_in_order(
     network: nn.Module,
     received: dict[nn.Module, torch.Tensor],
-    given: dict[nn.Module, torch.Tensor],
+    made: dict[nn.Module, torch.Tensor],
     removed: dict[nn.Module, torch.Tensor],
     spreads: dict[nn.Module, int],
     images: ImageSet,
@@ -54,7 +54,7 @@ def reconstruct_in_order(
 ) -> None:
     """Let the layers of a network, one after the other as they run, make up for the channels that are about to go.
 
-    `received` and `given` are the rows of what layers received and made of `images` (`record_rows`), `removed` the
+    `received` and `made` are the rows of what layers received and made of `images` (`record_rows`), `removed` the
     inputs (R,) that each loses; their weights become zero. All images pass the network in one batch, which batch norm
     is recalibrated on, and each layer, just before it runs, gets the weights with which its outputs come nearest to
     what they were, out of what it receives now: so it makes up for what the layers before it could not, too. In memory
@@ -74,9 +74,9 @@ def reconstruct_in_order(
         with torch.autocast(args[0].device.type, enabled=False):
             now = channel_rows(layer, args[0].float(), len(images), spreads[layer])
             reconstruct(layer, before, now, removed[layer], spreads[layer])
-            if layer in given:
+            if layer in made:
                 seen = window_rows(layer, args[0].float(), len(images))
-                reconstruct_windows(layer, given[layer], seen, removed[layer])
+                reconstruct_windows(layer, made[layer], seen, removed[layer])
         next(bar, None)
 
     handles = [layer.register_forward_pre_hook(repair) for layer in waiting]

@@ -195,26 +195,26 @@ class TestWindows:
         whole = nn.functional.unfold(values, **sizes).movedim(1, 2).flatten(0, 1)  # (images * positions, C * kernel)
         whole = torch.stack(whole.chunk(groups, 1))
         torch.testing.assert_close(window_rows(layer, values, 50), whole)
-        _, given = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=16 * 64))
+        _, made = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=16 * 64))
         expected = torch.stack(outputs.movedim(1, -1).flatten(0, 2).chunk(groups, 1))
-        torch.testing.assert_close(given[layer], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made[layer], expected, rtol=1e-4, atol=1e-5)
         monkeypatch.setattr(activations, "WINDOWS", 50 * 3)
         few = window_rows(layer, values, 50)
         assert few.shape == (groups, 150, whole.shape[2])
         weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
-        made = (few @ weight.transpose(1, 2)).unflatten(1, (50, 3))[:, 0]  # of the first image
-        nearest = torch.cdist(made, expected.unflatten(1, (50, height * width))[:, 0]).amin(2)
+        of_first = (few @ weight.transpose(1, 2)).unflatten(1, (50, 3))[:, 0]  # of the first image
+        nearest = torch.cdist(of_first, expected.unflatten(1, (50, height * width))[:, 0]).amin(2)
         assert (nearest < 1e-4).all()
 
     def test_it_is_least_squares(self, network, pictures, compute):
-        """The new weights solve min |given - seen W^T|^2 + lambda |W - old W|^2, by stacked float64 rows."""
+        """The new weights solve min |made - seen W^T|^2 + lambda |W - old W|^2, by stacked float64 rows."""
         layer, gone = network[2], torch.tensor([1])
-        _, given = record_rows(network, {layer: 1}, pictures, compute)
+        _, made = record_rows(network, {layer: 1}, pictures, compute)
         with torch.inference_mode():
             seen = window_rows(layer, 0.9 * network[:2](next(pictures.batches(50))[0]), 50)  # as if something had gone
         layer.weight.data[:, gone] = 0
         before = copy.deepcopy(layer)
-        reconstruct_windows(layer, given[layer], seen, gone)
+        reconstruct_windows(layer, made[layer], seen, gone)
         positions = layer.weight[0, 0].numel()
         kept = torch.tensor([j for j in range(seen.shape[2]) if j // positions != 1])
         for group in range(layer.groups):
@@ -226,7 +226,7 @@ class TestWindows:
             )
             ridge = WINDOW_RIDGE * x.square().mean()
             rows = torch.cat([x / len(x) ** 0.5, ridge.sqrt() * torch.eye(len(kept)).double()])
-            target = torch.cat([given[layer][group].double() / len(x) ** 0.5, ridge.sqrt() * old.T])
+            target = torch.cat([made[layer][group].double() / len(x) ** 0.5, ridge.sqrt() * old.T])
             torch.testing.assert_close(new, torch.linalg.lstsq(rows, target).solution.T, rtol=1e-3, atol=1e-4)
             assert not torch.allclose(new, old, atol=1e-3)
         assert not layer.weight[:, gone].any()
@@ -248,9 +248,9 @@ class TestWindows:
             monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", rows_per_weight)
             repaired = copy.deepcopy(network)
             spreads = {repaired[2]: 1}
-            received, given = record_rows(repaired, spreads, pictures, compute)
+            received, made = record_rows(repaired, spreads, pictures, compute)
             reconstruct_in_order(
-                repaired, received, given, {repaired[2]: torch.tensor([1])}, spreads, pictures, compute, ""
+                repaired, received, made, {repaired[2]: torch.tensor([1])}, spreads, pictures, compute, ""
             )
             with torch.inference_mode():
                 errors.append((repaired(inputs) - network(inputs)).square().mean())
@@ -258,8 +258,8 @@ class TestWindows:
 
     def test_from_too_few_rows_nothing_is_learned(self, network, pictures, compute, monkeypatch):
         layer = network[2]
-        _, given = record_rows(network, {layer: 1}, pictures, compute)
-        rows_per_weight = given[layer].shape[1] / layer.weight[0].numel()
+        _, made = record_rows(network, {layer: 1}, pictures, compute)
+        rows_per_weight = made[layer].shape[1] / layer.weight[0].numel()
         for least, learned in ((rows_per_weight, True), (rows_per_weight + 0.1, False)):
             monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", least)
             assert bool(record_rows(network, {layer: 1}, pictures, compute)[1]) == learned
@@ -279,9 +279,9 @@ class TestInOrder:
         """A copy, spoiled and then repaired without these inputs of its second and third layer."""
         network = copy.deepcopy(network)
         spreads = {network[2]: 1, network[4]: 1}
-        received, given = record_rows(network, spreads, pictures, compute)
+        received, made = record_rows(network, spreads, pictures, compute)
         spoil(network)
-        reconstruct_in_order(network, received, given, dict(zip(spreads, gone)), spreads, pictures, compute, "")
+        reconstruct_in_order(network, received, made, dict(zip(spreads, gone)), spreads, pictures, compute, "")
         assert not any(layer._forward_pre_hooks for layer in network)
         return network
 
