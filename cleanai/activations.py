@@ -73,9 +73,9 @@ def record_rows(
     """Run `images` through `network` and return rows of what layers receive, and of what convolutions make of it.
 
     The first are those of each layer in `spreads`, as `channel_rows` says. The second are outputs without bias,
-    (groups, rows, outputs per group), for the rows that `window_rows` says, of those convolutions among them that
-    there are `ROWS_PER_WEIGHT` for. The network is left as it was, as by `record_statistics`. Raises UserError when a
-    row is not finite.
+    (groups, rows, outputs per group), for the rows that `window_rows` says; there are none of a layer that does not
+    see windows, or for which `images` give less than `ROWS_PER_WEIGHT` rows to each weight of an output. The network is
+    left as it was, as by `record_statistics`. Raises UserError when a row is not finite.
     """
     inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in spreads}
     outputs: dict[nn.Module, list[torch.Tensor]] = {}
@@ -90,7 +90,7 @@ def record_rows(
 
     observe(network, inputs, keep, images, compute, title)
     received, made = ({layer: torch.cat(rows, 1) for layer, rows in parts.items()} for parts in (inputs, outputs))
-    if not all(rows.isfinite().all() for rows in received.values()):
+    if not all(rows.isfinite().all() for rows in (*received.values(), *made.values())):
         raise not_finite()
     return received, made
 
@@ -110,27 +110,32 @@ def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: in
 
 
 def sees_windows(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution whose kernel sees more than one position, zeros beyond the border."""
+    """Whether a layer is a convolution whose kernel sees several positions, few enough for `WINDOWS` rows to tell of.
+
+    Those with padding by name, or by other values than zero, are left out.
+    """
     return (
         isinstance(layer, nn.Conv2d)
         and layer.kernel_size != (1, 1)
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
+        and ROWS_PER_WEIGHT * layer.weight[0].numel() <= WINDOWS
     )
 
 
 def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Tensor:
     """What the kernel of `layer` sees, a row per image and position: (groups, rows, C * kernel positions).
 
-    There are up to `WINDOWS` of them for so many `images`, from positions of the output chosen at random, the same in
-    every image; columns are in the order of the layer's weights.
+    There are up to `WINDOWS` of them for so many `images`, one per image at least, from positions of the output chosen
+    at random, the same in every image; columns are in the order of the layer's weights.
     """
-    windows = nn.functional.pad(values, [padding for padding in reversed(layer.padding) for _ in range(2)])
+    down, across = layer.padding
+    windows = nn.functional.pad(values, (across, across, down, down))
     for dim, kernel, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     chosen = _chosen(windows.shape[2] * windows.shape[3], WINDOWS // images).to(values.device)
     down, across = chosen.div(windows.shape[3], rounding_mode="floor"), chosen % windows.shape[3]
-    rows = windows[:, :, down, across].movedim(1, 2)  # only here windows are copied
+    rows = windows[:, :, down, across].movedim(1, 2)  # a view up to here: only the chosen windows are copied
     return rows.flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
 
 

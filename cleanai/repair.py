@@ -58,7 +58,8 @@ def reconstruct_in_order(
     inputs (R,) that each loses; their weights become zero. All images pass the network in one batch, which batch norm
     is recalibrated on, and each layer, just before it runs, gets the weights with which its outputs come nearest to
     what they were, out of what it receives now: so it makes up for what the layers before it could not, too. In memory
-    are what `images` are between two layers, and the rows.
+    are what `images` are between two layers, once more while a layer's windows are taken, and the rows. A layer that
+    runs several times keeps its weights: what it receives later is not known yet when it runs first.
 
     Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
     in five steps: 83.1 with Neuron Coverage and 83.4 with WANDA; without windows 82.2 and 82.5, and with each layer
@@ -69,13 +70,15 @@ def reconstruct_in_order(
 
     def repair(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         before = waiting.pop(layer, None)
-        if before is None:  # it runs a second time
+        if before is None:
             return
         with torch.autocast(args[0].device.type, enabled=False):
-            now = channel_rows(layer, args[0].float(), len(images), spreads[layer])
+            now = channel_rows(layer, args[0], len(images), spreads[layer]).float()
+            if now.shape != before.shape:
+                return
             reconstruct(layer, before, now, removed[layer], spreads[layer])
             if layer in made:
-                seen = window_rows(layer, args[0].float(), len(images))
+                seen = window_rows(layer, args[0], len(images)).float()
                 reconstruct_windows(layer, made[layer], seen, removed[layer])
         next(bar, None)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleanai import activations
+from cleanai import UserError, activations
 from cleanai.activations import record_rows, window_rows
 from cleanai.data import ImageSet
 from cleanai.reconstruction import RIDGE, WINDOW_RIDGE, gram_matrix, output_errors, reconstruct, reconstruct_windows
@@ -199,12 +199,15 @@ class TestWindows:
         expected = torch.stack(outputs.movedim(1, -1).flatten(0, 2).chunk(groups, 1))
         torch.testing.assert_close(made[layer], expected, rtol=1e-4, atol=1e-5)
         monkeypatch.setattr(activations, "WINDOWS", 50 * 3)
-        few = window_rows(layer, values, 50)
-        assert few.shape == (groups, 150, whole.shape[2])
-        weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
-        of_first = (few @ weight.transpose(1, 2)).unflatten(1, (50, 3))[:, 0]  # of the first image
-        nearest = torch.cdist(of_first, expected.unflatten(1, (50, height * width))[:, 0]).amin(2)
-        assert (nearest < 1e-4).all()
+        monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", 1)
+        few = window_rows(layer, values, 50)  # of each image three positions
+        assert few.shape == (groups, 50 * 3, whole.shape[2])
+        positions = few[0, :3][:, None].eq(whole[0, : height * width]).all(2).int().argmax(1)  # in the first image
+        assert len(set(positions.tolist())) == 3
+        torch.testing.assert_close(few, whole.unflatten(1, (50, -1))[:, :, positions].flatten(1, 2))
+        _, made = record_rows(network, {layer: 1}, pictures, replace(compute, inference_pixels=16 * 64))
+        same = expected.unflatten(1, (50, -1))[:, :, positions].flatten(1, 2)
+        torch.testing.assert_close(made[layer], same, rtol=1e-4, atol=1e-5)
 
     def test_it_is_least_squares(self, network, pictures, compute):
         """The new weights solve min |made - seen W^T|^2 + lambda |W - old W|^2, by stacked float64 rows."""
@@ -259,10 +262,23 @@ class TestWindows:
     def test_from_too_few_rows_nothing_is_learned(self, network, pictures, compute, monkeypatch):
         layer = network[2]
         _, made = record_rows(network, {layer: 1}, pictures, compute)
-        rows_per_weight = made[layer].shape[1] / layer.weight[0].numel()
-        for least, learned in ((rows_per_weight, True), (rows_per_weight + 0.1, False)):
+        rows, weights = made[layer].shape[1], layer.weight[0].numel()
+        for least, learned in ((rows // weights, True), (rows // weights + 1, False)):
             monkeypatch.setattr(activations, "ROWS_PER_WEIGHT", least)
             assert bool(record_rows(network, {layer: 1}, pictures, compute)[1]) == learned
+
+    @pytest.mark.parametrize(
+        "options", [{"kernel_size": 1}, {"kernel_size": 3, "padding": "same"},
+                    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}]
+    )
+    def test_other_convolutions_have_none(self, options, pictures, compute):
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, **options))
+        assert not record_rows(network, {network[2]: 1}, pictures, compute)[1]
+
+    def test_weights_that_are_no_numbers_are_refused(self, network, pictures, compute):
+        network[2].weight.data[0, 0, 0, 0] = torch.nan
+        with pytest.raises(UserError, match="not finite numbers"):
+            record_rows(network, {network[2]: 1}, pictures, compute)
 
 
 class TestInOrder:
@@ -311,3 +327,22 @@ class TestInOrder:
         assert errors[0] < 0.9 * errors[1]
         for layer, removed in zip((in_order[2], in_order[4]), gone):
             assert not layer.weight[:, removed].any()
+
+    def test_a_layer_that_runs_twice_keeps_its_weights(self, pictures, compute):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(2)
+                self.first, self.again, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+            def forward(self, inputs):
+                return self.last(self.again(self.again(self.first(inputs).relu()).relu()).relu())
+
+        network = Twice().eval()
+        before = copy.deepcopy(network)
+        spreads = {network.again: 1, network.last: 1}
+        received, made = record_rows(network, spreads, pictures, compute)
+        lost = {network.again: torch.tensor([], dtype=torch.long), network.last: torch.tensor([1])}
+        reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
+        assert torch.equal(network.again.weight, before.again.weight)
+        assert not torch.equal(network.last.weight, before.last.weight)
