@@ -122,7 +122,7 @@ def test_a_ratio_out_of_reach_is_refused_before_anything_is_touched(network, dig
 @pytest.mark.parametrize(("ratio", "macs_ratio"), [(0.3, None), (None, 0.3), (0.15, 0.35)])
 def test_the_budgets_are_met_apart_or_alone(network, digits, compute, ratio, macs_ratio):
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, ratio=ratio, macs_ratio=macs_ratio, steps=1)
+    pruning, _ = _prune(network, digits, compute, ratio=ratio, macs_ratio=macs_ratio, steps=1, repair="none")
     for asked, removed, more in zip((ratio, macs_ratio), _removed(original, network), ((-0.1, 0.1), (0, 0.5))):
         assert asked is None or more[0] <= removed - 100 * asked <= more[1]
     assert pruning["steps"][0]["macs_asked_percent"] == (None if macs_ratio is None else 100 * macs_ratio)
@@ -131,7 +131,7 @@ def test_the_budgets_are_met_apart_or_alone(network, digits, compute, ratio, mac
 @pytest.mark.parametrize("round_to", [1, 16])
 def test_widths_are_multiples_of_what_is_asked(network, digits, compute, round_to):
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[round_to])
+    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[round_to], repair="none")
     widths = [layer["channels_after"] for layer in pruning["layers"] if layer["name"] != "fc"]
     assert all(width % round_to == 0 for width in widths)
     assert round_to > 1 or any(width % 2 for width in widths)
@@ -141,14 +141,14 @@ def test_widths_are_multiples_of_what_is_asked(network, digits, compute, round_t
 def test_steps_leave_a_way_to_the_end(network, digits, compute):
     """The coarser the widths, the fewer of them meet both budgets; a step must not go past all of these."""
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, ratio=0.2, macs_ratio=0.2, steps=5, round_to=[32])
+    pruning, _ = _prune(network, digits, compute, ratio=0.2, macs_ratio=0.2, steps=5, round_to=[32], repair="none")
     assert all(layer["channels_after"] % 32 == 0 for layer in pruning["layers"] if layer["name"] != "fc")
     parameters, macs = _removed(original, network)
     assert abs(parameters - 20) <= 0.1 and 20 <= macs <= 20.5
 
 
 def test_widths_are_multiples_of_the_first_number_that_allows_it(network, digits, compute):
-    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[512, 32, 8])  # one width alone is above 512
+    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[512, 32, 8], repair="none")
     widths = [layer["channels_after"] for layer in pruning["layers"] if layer["name"] != "fc"]
     assert all(width % 32 == 0 for width in widths)
 
@@ -160,7 +160,7 @@ def test_what_stays_takes_over_what_goes(network, digits, compute):
     original, networks = copy.deepcopy(network), {}
     for repair in ("none", "bn", "full"):
         networks[repair] = copy.deepcopy(original)
-        _, unrepaired = _prune(networks[repair], digits, compute, ratio=0.4, repair=repair)
+        _, unrepaired = _prune(networks[repair], digits, compute, ratio=0.4, steps=1, repair=repair)
         if repair == "none":
             assert all(map(torch.equal, unrepaired.state_dict().values(), networks["none"].state_dict().values()))
     inputs = next(digits.test.select(torch.arange(100, 300)).batches(200))[0]
@@ -176,7 +176,7 @@ def test_equal_scores_neither_wipe_nor_skip_a_layer(network, digits, compute):
             return torch.ones(len(group[0].idxs))
 
     original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, Constant(), ratio=0.5, steps=1)
+    pruning, _ = _prune(network, digits, compute, Constant(), ratio=0.5, steps=1, repair="none")
     kept = [layer["channels_after"] / layer["channels_before"] for layer in pruning["layers"][:-1]]
     assert min(kept) >= 0.1
     assert sum(share < 1 for share in kept) > len(kept) / 2
@@ -185,13 +185,16 @@ def test_equal_scores_neither_wipe_nor_skip_a_layer(network, digits, compute):
 
 def test_a_step_can_be_watched(network, digits, compute):
     seen = []
-    _prune(network, digits, compute, steps=2, after_step=lambda *given: seen.append((given[0], _parameters(given[2]))))
-    assert [step for step, _ in seen] == [1, 2]
-    assert seen[0][1] > seen[1][1] == _parameters(network)
+    def watch(step, repaired, unrepaired):
+        seen.append((step, _parameters(repaired), _parameters(unrepaired)))
+
+    _prune(network, digits, compute, steps=2, repair="none", after_step=watch)
+    assert [step for step, _, _ in seen] == [1, 2]
+    assert seen[0][1] == seen[0][2] > seen[1][1] == seen[1][2] == _parameters(network)
 
 
 def test_no_group_falls_below_a_tenth_of_its_channels(network, digits, compute):
-    pruning, _ = _prune(network, digits, compute, ratio=0.9, steps=1)
+    pruning, _ = _prune(network, digits, compute, ratio=0.9, steps=1, repair="none")
     for layer in pruning["layers"]:
         if layer["name"] != "fc":
             assert layer["channels_after"] >= max(8, layer["channels_before"] // 10)
