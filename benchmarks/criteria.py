@@ -166,9 +166,9 @@ def chart(rows: list[dict[str, str]]) -> Drawing:
             plot.lines[number].strokeDashArray = dashes
             plot.lines[number].symbol = makeMarker(marker, size=5, fillColor=color, strokeColor=color)
         lowest = min(accuracy for line in plot.data for _, accuracy in line)
-        bottom = 10 * (lowest // 10)
-        plot.yValueAxis.valueMin, plot.yValueAxis.valueMax = bottom, 10 * (original // 10 + 1)
-        plot.yValueAxis.valueStep = 20 if bottom < 40 else 10 if bottom < 60 else 5
+        grid = 20 if lowest < 40 else 10 if lowest < 60 else 5
+        plot.yValueAxis.valueMin, plot.yValueAxis.valueMax = grid * (lowest // grid), grid * (original // grid + 1)
+        plot.yValueAxis.valueStep = grid
         plot.xValueAxis.valueMin, plot.xValueAxis.valueMax, plot.xValueAxis.valueStep = 0, 100 * RATIO, 10
         for axis in (plot.xValueAxis, plot.yValueAxis):
             axis.labels.fontName, axis.labels.fontSize, axis.labelTextFormat = "Helvetica", 8, "%d"
