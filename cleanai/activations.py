@@ -129,13 +129,13 @@ def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Te
     There are up to `WINDOWS` of them for so many `images`, one per image at least, from positions of the output chosen
     at random, the same in every image; columns are in the order of the layer's weights.
     """
-    down, across = layer.padding
-    windows = nn.functional.pad(values, (across, across, down, down))
+    height, width = layer.padding
+    windows = nn.functional.pad(values, (width, width, height, height))
     for dim, kernel, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     chosen = _chosen(windows.shape[2] * windows.shape[3], WINDOWS // images).to(values.device)
-    down, across = chosen.div(windows.shape[3], rounding_mode="floor"), chosen % windows.shape[3]
-    rows = windows[:, :, down, across].movedim(1, 2)  # a view up to here: only the chosen windows are copied
+    row, column = chosen.div(windows.shape[3], rounding_mode="floor"), chosen % windows.shape[3]
+    rows = windows[:, :, row, column].movedim(1, 2)  # a view up to here: only the chosen windows are copied
     return rows.flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
 
 

@@ -47,13 +47,11 @@ def reconstruct(
     position replaces W[:, P] (He et al. 2017, 1707.06168). Changing what is kept costs lambda, `RIDGE` of the mean
     diagonal.
     """
-    kept = torch.ones(now.shape[-1], dtype=torch.bool, device=now.device)
-    kept[removed.to(now.device)] = False
+    kept = _kept(now.shape[-1], removed.to(now.device))
     now = now[:, :, kept]
     change = before.clone()
     change[:, :, kept] -= now
-    products = (now.transpose(1, 2) @ change).double() / now.shape[1]  # (g, P, C)
-    taken_over = torch.cholesky_solve(products, _factor(gram_matrix(now)))
+    taken_over = _regression(now, change, RIDGE)  # (g, P, C)
     weight = kernels(layer, spread)
     weight[:, :, kept] += torch.einsum("gock,gpc->gopk", weight, taken_over)
     weight[:, :, ~kept] = 0
@@ -68,12 +66,10 @@ def reconstruct_windows(layer: nn.Conv2d, made: torch.Tensor, seen: torch.Tensor
     from `record_rows` and `window_rows`. A change costs `WINDOW_RIDGE` of the mean diagonal.
     """
     weight = kernels(layer, 1)
-    kept = torch.ones(weight.shape[2], dtype=torch.bool, device=weight.device)
-    kept[removed.to(weight.device)] = False
+    kept = _kept(weight.shape[2], removed.to(weight.device))
     seen = seen[:, :, kept.repeat_interleave(weight.shape[3])]
     missing = made - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
-    products = (seen.transpose(1, 2) @ missing).double() / seen.shape[1]
-    change = torch.cholesky_solve(products, _factor(gram_matrix(seen), WINDOW_RIDGE))
+    change = _regression(seen, missing, WINDOW_RIDGE)
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))
     set_kernels(layer, weight)
 
@@ -89,14 +85,25 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
     weight = kernels(layer, spread)
     mixing = torch.einsum("goik,gojk->gij", weight, weight)  # (g, C, C)
     gone = inputs.flip(0).flatten()
-    staying = torch.ones(gram.shape[-1], dtype=torch.bool)
-    staying[gone] = False
-    order = torch.cat([staying.nonzero().flatten(), gone]).to(gram.device)
+    order = torch.cat([_kept(gram.shape[-1], gone).nonzero().flatten(), gone]).to(gram.device)
     power = (mixing * gram).sum().cpu()
     left = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(gone) :]  # (g, C, R * n)
     lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1)).cpu()
     per_row = lost.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
     return per_row / power if power > 0 else torch.zeros_like(per_row)
+
+
+def _kept(count: int, removed: torch.Tensor) -> torch.Tensor:
+    """Which of so many are not removed, as truth values."""
+    kept = torch.ones(count, dtype=torch.bool, device=removed.device)
+    kept[removed] = False
+    return kept
+
+
+def _regression(rows: torch.Tensor, wanted: torch.Tensor, share: float) -> torch.Tensor:
+    """What turns `rows` (g, n, P) into what is nearest to `wanted` (g, n, C), by ridge least squares: (g, P, C)."""
+    products = (rows.transpose(1, 2) @ wanted).double() / rows.shape[1]
+    return torch.cholesky_solve(products, _factor(gram_matrix(rows), share))
 
 
 def _factor(gram: torch.Tensor, share: float = RIDGE) -> torch.Tensor:

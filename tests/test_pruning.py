@@ -185,6 +185,7 @@ def test_equal_scores_neither_wipe_nor_skip_a_layer(network, digits, compute):
 
 def test_a_step_can_be_watched(network, digits, compute):
     seen = []
+
     def watch(step, repaired, unrepaired):
         seen.append((step, _parameters(repaired), _parameters(unrepaired)))
 

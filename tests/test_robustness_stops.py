@@ -62,7 +62,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first(tmp_path, signals_not
     interrupted = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, message = process.communicate()
-    assert time.monotonic() - interrupted < LIMIT_S + 3  # a step may take a second on a core that others use, too
+    assert time.monotonic() - interrupted < LIMIT_S + 1  # a step takes half a second on one slow core
     assert process.returncode == 130
     assert message.strip() == GOES_ON
     written = {path.name for path in scenario.folder.iterdir() if not re.search(r"epoch\d+\.pth$", path.name)}
