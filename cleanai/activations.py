@@ -129,14 +129,20 @@ def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Te
     There are up to `WINDOWS` of them for so many `images`, one per image at least, from positions of the output chosen
     at random, the same in every image; columns are in the order of the layer's weights.
     """
-    height, width = layer.padding
-    windows = nn.functional.pad(values, (width, width, height, height))
-    for dim, kernel, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation):
-        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    chosen = _chosen(windows.shape[2] * windows.shape[3], WINDOWS // images).to(values.device)
-    row, column = chosen.div(windows.shape[3], rounding_mode="floor"), chosen % windows.shape[3]
-    rows = windows[:, :, row, column].movedim(1, 2)  # a view up to here: only the chosen windows are copied
-    return rows.flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
+    seen, inside = [], []  # by each kernel position at each output, along one side: where, and whether that is padding
+    for side, kernel, stride, padding, dilation in zip(
+        values.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    ):
+        starts = torch.arange(-padding, side + padding - dilation * (kernel - 1), stride)
+        places = starts[:, None] + dilation * torch.arange(kernel)
+        seen.append(places.clamp(0, side - 1))
+        inside.append(places == seen[-1])
+    chosen = _chosen(len(seen[0]) * len(seen[1]), WINDOWS // images)
+    row, column = chosen.div(len(seen[1]), rounding_mode="floor"), chosen % len(seen[1])
+    down, right = (places.to(values.device) for places in (seen[0][row][:, :, None], seen[1][column][:, None]))
+    rows = values.permute(0, 2, 3, 1)[:, down, right]  # (images, rows, kernel height and width, channels)
+    rows *= (inside[0][row][:, :, None] & inside[1][column][:, None]).unsqueeze(-1).to(rows)
+    return rows.movedim(-1, 2).flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
 
 
 def _chosen(positions: int, most: int) -> torch.Tensor:
@@ -171,10 +177,9 @@ def observe(
     if output:
         hooks.append(network.register_forward_hook(lambda network, args, outputs: show(network, outputs)))
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), compute.autocast():  # around the loop, so that weights are converted once
             for inputs, _ in compute.batches(images, title):
-                with compute.autocast():
-                    network(inputs)
+                network(inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,6 +77,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "images per training step and calibration batch; lower it when GPU memory runs out",
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
+    "flip": {
+        "choices": ("random", "alternating"),
+        "help": "training images are mirrored at random, or each in every second epoch; digits never are",
+    },
     "train_samples": {"type": _whole(1), "help": "train on that many images only, chosen evenly over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images only"},
     "ratio": {"type": _share("none"), "help": "share of the parameters to remove; none: however many go"},

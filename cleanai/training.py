@@ -41,6 +41,7 @@ def fine_tune(
     batch_size: int,
     lr: float,
     seed: int,
+    flip: str = "random",
 ) -> tuple[list[dict[str, float]], Evaluation]:
     """Train a network in place with Adam; return its history, a dictionary per epoch, and what it ended with.
 
@@ -48,7 +49,9 @@ def fine_tune(
     `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. `facts` go into the
     checkpoints; their `config` says which earlier run fits.
 
-    Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption.
+    Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption. With
+    `flip` "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so
+    on, so that two epochs show each image from both sides (Jordan 2024, 2404.00498).
     Raises UserError when an earlier run had other settings, or the loss is no longer a number.
     """
     finished = find_checkpoint(scenario.final, facts["config"])
@@ -72,7 +75,7 @@ def fine_tune(
 
     for epoch in range(len(history) + 1, epochs + 1):
         started = time.perf_counter()
-        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
+        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed, flip)
         test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
         if not math.isfinite(test.loss):
             raise UserError(
@@ -107,13 +110,20 @@ def fine_tune(
 
 
 def train(
-    network: nn.Module, images: Images, compute: Compute, epochs: int, batch_size: int, lr: float, seed: int
+    network: nn.Module,
+    images: Images,
+    compute: Compute,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    flip: str = "random",
 ) -> None:
     """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
     _require_even_shares(images, batch_size)
     step = TrainingStep(network, images.train, compute)
     for epoch in range(1, epochs + 1):
-        _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed)
+        _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed, flip)
 
 
 def _require_even_shares(images: Images, batch_size: int) -> None:
@@ -158,6 +168,7 @@ def _train_epoch(
     batch_size: int,
     lr: float,
     seed: int,
+    flip: str,
 ) -> tuple[float, float, float]:
     """Train for one epoch; return the last learning rate, the mean loss and the accuracy in percent."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -165,6 +176,9 @@ def _train_epoch(
     # All that is random goes to the device at once.
     order = torch.randperm(count, generator=generator).to(compute.device)
     moves = images.train.draw_moves(count, images.mirror, generator)
+    if flip == "alternating" and images.mirror:
+        sides = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed * 100_003))
+        moves[:, 2] = (sides.to(compute.device)[order] + epoch) % 2
     # Batches of one size: what is left over, other images in every epoch, waits for the next.
     steps = max(1, count // batch_size)
     rates = [learning_rate((epoch - 1) * steps + number, epochs * steps, lr) for number in range(steps)]

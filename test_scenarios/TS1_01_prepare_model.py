@@ -19,6 +19,7 @@ WEIGHTS = "imagenet"
 EPOCHS = 20
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -30,6 +31,7 @@ def main():
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        flip=FLIP,
         train_samples=None,
         seed=SEED,
         precision="auto",
@@ -77,7 +79,7 @@ def prepare(args, scenario):
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 
     history, after = fine_tune(
-        network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed
+        network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed, args.flip
     )  # the last epoch's network is the result, whichever was best on the test images
     end_all_but_first()  # of several processes, as torchrun starts them
 

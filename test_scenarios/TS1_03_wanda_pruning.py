@@ -29,6 +29,7 @@ REPAIR_BATCHES = 8  # of training images, without their labels
 EPOCHS = 30
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -46,6 +47,7 @@ def main():
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        flip=FLIP,
         train_samples=None,
         seed=SEED,
         precision="auto",
@@ -136,7 +138,7 @@ def prune(args, scenario):
 
     tuned = copy.deepcopy(pruned)
     history, evaluations["fine_tuned"] = fine_tune(
-        tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed
+        tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed, args.flip
     )
     end_all_but_first()  # of several processes, as torchrun starts them
 

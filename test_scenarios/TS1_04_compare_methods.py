@@ -32,6 +32,7 @@ CALIBRATION_BATCHES = 50  # of test images; accuracy is measured on others
 REPAIR_BATCHES = 8  # of training images, without their labels
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -45,6 +46,7 @@ def main():
         repair_batches=REPAIR_BATCHES,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        flip=FLIP,
         train_samples=None,
         test_samples=None,
         seed=SEED,
@@ -109,7 +111,7 @@ def sweep(args, scenario):
         scenario.remove_outputs()
 
     def fine_tune(network):
-        train(network, images, compute, args.epochs, args.batch_size, args.lr, args.seed)
+        train(network, images, compute, args.epochs, args.batch_size, args.lr, args.seed, args.flip)
 
     config = checkpoint_facts(scenario, images, compute, args.config)["config"]
     earlier = find_record(scenario.resume, config)

@@ -17,6 +17,7 @@ CONFIG = {
     "epochs": 1,
     "batch_size": 64,
     "lr": 0.001,
+    "flip": "random",
     "train_samples": 512,
     "seed": 0,
     "precision": "float32",
