@@ -12,6 +12,7 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
 CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+NONE = torch.tensor([], dtype=torch.long)  # no channels
 ROWS = 2**14  # of a layer's inputs: 32 for each of 512 channels
 WINDOWS = 2**13  # of what a convolution's kernel sees
 ROWS_PER_WEIGHT = 4  # fewer, and least squares learns the images by heart; 3 was slower and no better
@@ -72,21 +73,18 @@ def record_rows(
 ) -> tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]]:
     """Run `images` through `network` and return rows of what layers receive, and of what convolutions make of it.
 
-    The first are those of each layer in `spreads`, as `channel_rows` says. The second are outputs without bias,
-    (groups, rows, outputs per group), for the rows that `window_rows` says; there are none of a layer that does not
-    see windows, or for which `images` give less than `ROWS_PER_WEIGHT` rows to each weight of an output. The network is
-    left as it was, as by `record_statistics`. Raises UserError when a row is not finite.
+    The first are those of each layer in `spreads`, as `channel_rows` says, the second, for layers that have
+    `window_rows`, what `convolved` makes of these. The network is left as it was, as by `record_statistics`. Raises
+    UserError when a row is not finite.
     """
     inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in spreads}
     outputs: dict[nn.Module, list[torch.Tensor]] = {}
 
     def keep(layer: nn.Module, values: torch.Tensor) -> None:
         inputs[layer].append(channel_rows(layer, values, len(images), spreads[layer]))
-        if sees_windows(layer):
-            seen = window_rows(layer, values, len(images))
-            if seen.shape[1] * len(images) >= ROWS_PER_WEIGHT * seen.shape[2] * len(values):
-                weight = layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1))
-                outputs.setdefault(layer, []).append(seen @ weight.transpose(1, 2))
+        seen = window_rows(layer, values, len(images))
+        if seen is not None:
+            outputs.setdefault(layer, []).append(convolved(layer, seen))
 
     observe(network, inputs, keep, images, compute, title)
     received, made = ({layer: torch.cat(rows, 1) for layer, rows in parts.items()} for parts in (inputs, outputs))
@@ -109,26 +107,24 @@ def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: in
     return rows.flatten(0, 1).unflatten(1, (getattr(layer, "groups", 1), -1)).movedim(1, 0)
 
 
-def sees_windows(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution whose kernel sees several positions, few enough for `WINDOWS` rows to tell of.
-
-    Those with padding by name, or by other values than zero, are left out.
-    """
-    return (
-        isinstance(layer, nn.Conv2d)
-        and layer.kernel_size != (1, 1)
-        and layer.padding_mode == "zeros"
-        and not isinstance(layer.padding, str)
-        and ROWS_PER_WEIGHT * layer.weight[0].numel() <= WINDOWS
-    )
-
-
-def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Tensor:
+def window_rows(
+    layer: nn.Module, values: torch.Tensor, images: int, removed: torch.Tensor = NONE
+) -> torch.Tensor | None:
     """What the kernel of `layer` sees, a row per image and position: (groups, rows, C * kernel positions).
 
     There are up to `WINDOWS` of them for so many `images`, one per image at least, from positions of the output chosen
-    at random, the same in every image; columns are in the order of the layer's weights.
+    at random, the same in every image; columns are in the order of the layer's weights, but for those of the inputs
+    `removed` (R,) from each group. There are none, and the answer is None, for layers other than convolutions, kernels
+    of 1x1, padding by name or by other values than zero, and when an output has a weight for less than
+    `ROWS_PER_WEIGHT` rows.
     """
+    if (
+        not isinstance(layer, nn.Conv2d)
+        or layer.kernel_size == (1, 1)
+        or layer.padding_mode != "zeros"
+        or isinstance(layer.padding, str)
+    ):
+        return None
     seen, inside = [], []  # by each kernel position at each output, along one side: where, and whether that is padding
     for side, kernel, stride, padding, dilation in zip(
         values.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
@@ -138,11 +134,27 @@ def window_rows(layer: nn.Conv2d, values: torch.Tensor, images: int) -> torch.Te
         seen.append(places.clamp(0, side - 1))
         inside.append(places == seen[-1])
     chosen = _chosen(len(seen[0]) * len(seen[1]), WINDOWS // images)
+    kept = is_kept(layer.weight.shape[1], removed.to(values.device))
+    if len(chosen) * images < ROWS_PER_WEIGHT * int(kept.sum()) * layer.weight[0, 0].numel():
+        return None
     row, column = chosen.div(len(seen[1]), rounding_mode="floor"), chosen % len(seen[1])
     down, right = (places.to(values.device) for places in (seen[0][row][:, :, None], seen[1][column][:, None]))
     rows = values.permute(0, 2, 3, 1)[:, down, right]  # (images, rows, kernel height and width, channels)
     rows *= (inside[0][row][:, :, None] & inside[1][column][:, None]).unsqueeze(-1).to(rows)
-    return rows.movedim(-1, 2).flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0).flatten(2)
+    rows = rows.movedim(-1, 2).flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0)
+    return rows[:, :, kept].flatten(2)
+
+
+def convolved(layer: nn.Conv2d, seen: torch.Tensor) -> torch.Tensor:
+    """What `layer` makes of `window_rows`, without bias: (groups, rows, outputs per group)."""
+    return seen @ layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+
+
+def is_kept(count: int, removed: torch.Tensor) -> torch.Tensor:
+    """Which of so many are not among the removed (R,), as truth values (count,)."""
+    kept = torch.ones(count, dtype=torch.bool, device=removed.device)
+    kept[removed] = False
+    return kept
 
 
 def _chosen(positions: int, most: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError, distributed
-from cleanai.activations import CONSUMERS, record_rows, record_statistics
+from cleanai.activations import CONSUMERS, convolved, record_rows, record_statistics
 from cleanai.budget import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
@@ -60,62 +60,70 @@ def prune_to_budget(
 
     Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
     before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
-    with the number of each step, the network, and that copy. Raises UserError, before anything is touched, when the
-    shares cannot be met or the network cannot be pruned.
+    with the number of each step, the network, and that copy, and must leave both as they are. Raises UserError, before
+    anything is touched, when the shares cannot be met or the network cannot be pruned.
     """
+    started = time.perf_counter()
     example = next(calibration.batches(1))[0]
     unrepaired = copy.deepcopy(network)
     widths_before = layer_widths(network)
     sound = sound_groups(network, next(calibration.batches(2))[0])
     if not sound:
         raise UserError(f"{type(network).__name__} has no channels that can be removed")
-    shares = (parameters_ratio, macs_ratio)
+    _, groups = _groups(network, example, sound)
+    costs = Costs(network, groups, example)
+    before, shares = costs.now, (parameters_ratio, macs_ratio)
+    goal = Budget.removing(before, *shares)
+    least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
+    multiple, planned = _first_plan(groups, least, round_to, costs, goal)
+    _require(shares, before, costs(planned))
+    left = _by_name(groups, planned)
+    received: dict[nn.Module, torch.Tensor] = {}
+    seen: dict[nn.Module, torch.Tensor] = {}
+    if repair == "full":  # what other images made of batch norm is nothing to come near to
+        title = "Recalibrating batch norm"
+        received, seen = reconstruct_in_order(network, {}, {}, {}, _spreads(groups), repair_on, compute, title)
+
     achieved = []
     parts = [step / steps for step in range(1, steps + 1)] if isinstance(steps, int) else steps
-    steps = len(parts)
     for step, part in enumerate(parts, 1):
-        started, title = time.perf_counter(), f"Step {step}/{steps}, "
+        title = f"Step {step}/{len(parts)}, "
+        asked = [None if share is None else share * part for share in shares]
         graph, groups = _groups(network, example, sound)
         costs = Costs(network, groups, example)
-        if step == 1:
-            before = costs.now
-            goal = Budget.removing(before, *shares)
-            least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
-            multiple, planned = _first_plan(groups, least, round_to, costs, goal)
-            _require(shares, before, costs(planned))
-            left = {group.name: count for group, count in zip(groups, planned.tolist())}
-            if repair == "full":  # what other images made of batch norm is nothing to come near to
-                recalibrate(network, repair_on, compute, len(repair_on), "Recalibrating batch norm")
-        cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
-        asked = [None if share is None else share * part for share in shares]
 
         if isinstance(importance, ActivationImportance):
             importance.statistics = record_statistics(
                 network, calibration, compute, title + "measuring channels", importance.moments
             )
-        spreads = {layer: spread for group in groups for layer, spread in group.spreads.items()}
-        received, made = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
+        spreads = _spreads(groups)
+        made = {layer: convolved(layer, seen.pop(layer)) for layer in list(seen)}
+        if not spreads.keys() <= received.keys():  # else the repair before met what this step begins with
+            received, made = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
         grams = {layer: gram_matrix(rows) for layer, rows in received.items()}
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
+
         # The whole way is planned anew in every step, and no step goes beyond the plan: what is left can be met.
+        cuts = [allowed_cuts(group, least[group.name], multiple) for group in groups]
         known = torch.tensor([left[group.name] for group in groups])
-        planned = choose_cuts(costs, cuts, _at(losses, cuts, groups), goal, known)
-        cuts = [cut[: cut.index(int(most)) + 1] for cut, most in zip(cuts, planned)]
-        removed = planned
-        if step < steps:
-            budget = Budget.removing(before, *asked)
-            removed = choose_cuts(costs, cuts, _at(losses, cuts, groups), budget)
-        left = {group.name: count for group, count in zip(groups, (planned - removed).tolist())}
+        removed = planned = choose_cuts(costs, cuts, _at(losses, cuts, groups), goal, known)
+        if step < len(parts):
+            cuts = [cut[: cut.index(int(most)) + 1] for cut, most in zip(cuts, planned)]
+            removed = choose_cuts(costs, cuts, _at(losses, cuts, groups), Budget.removing(before, *asked))
         gone = {
             group.name: order[: int(count) * group.units // group.channels].tolist()
             for group, order, count in zip(groups, orders, removed)
         }
-        left, gone = distributed.agreed((left, gone))  # rounding must not lead processes to different networks
+        # Rounding must not lead processes to different networks.
+        left, gone = distributed.agreed((_by_name(groups, planned - removed), gone))
 
         if repair == "full":
             lost = _lost_inputs(groups, gone)
-            reconstruct_in_order(network, received, made, lost, spreads, repair_on, compute, title + "reconstructing")
+            title += "reconstructing"
+            received, seen = reconstruct_in_order(network, received, made, lost, spreads, repair_on, compute, title)
+        else:
+            received = {}
         _cut(graph, groups, gone)
         _cut(*_groups(unrepaired, example, sound), gone)
         for pruned in (network, unrepaired):
@@ -124,11 +132,13 @@ def prune_to_budget(
             recalibrate(network, repair_on, compute, batch_size, title + "recalibrating batch norm")
         distributed.agree_on(network)
         compute.synchronize()
+
         seconds = time.perf_counter() - started
         went = (1 - costs(removed) / before).tolist()
-        achieved.append({**_report(step, steps, asked, went, seconds), "seconds": seconds})
+        achieved.append({**_report(step, len(parts), asked, went, seconds), "seconds": seconds})
         if after_step is not None:
             after_step(step, network, unrepaired)
+        started = time.perf_counter()
     widths = layer_widths(network)
     layers = [
         {"name": name, "channels_before": width, "channels_after": widths[name]}
@@ -149,6 +159,14 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
 def _groups(network: nn.Module, example: torch.Tensor, sound: set[str]) -> tuple[tp.DependencyGraph, list[Group]]:
     graph, groups = find_groups(network, example)
     return graph, [group for group in groups if group.name in sound]
+
+
+def _spreads(groups: list[Group]) -> dict[nn.Module, int]:
+    return {layer: spread for group in groups for layer, spread in group.spreads.items()}
+
+
+def _by_name(groups: list[Group], counts: torch.Tensor) -> dict[str, int]:
+    return {group.name: count for group, count in zip(groups, counts.tolist())}
 
 
 def _lost_inputs(groups: list[Group], gone: dict[str, list[int]]) -> dict[nn.Module, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cleanai.activations import not_finite
+from cleanai.activations import is_kept, not_finite
 
 RIDGE = 1e-4  # of the mean diagonal: on CIFAR-10 anything from 1e-6 to 1e-2 gave the same accuracy
 WINDOW_RIDGE = 0.1  # of the mean diagonal, too, where each weight of a kernel changes by itself: 0.03 was no better
@@ -47,7 +47,7 @@ def reconstruct(
     position replaces W[:, P] (He et al. 2017, 1707.06168). Changing what is kept costs lambda, `RIDGE` of the mean
     diagonal.
     """
-    kept = _kept(now.shape[-1], removed.to(now.device))
+    kept = is_kept(now.shape[-1], removed.to(now.device))
     now = now[:, :, kept]
     change = before.clone()
     change[:, :, kept] -= now
@@ -62,12 +62,12 @@ def reconstruct_windows(layer: nn.Conv2d, made: torch.Tensor, seen: torch.Tensor
     """Change each weight of the inputs that a convolution keeps so that its outputs come nearest to `made`.
 
     `reconstruct` moves weights between channels, at each kernel position alike; from its solution this goes on with
-    what the whole kernel sees, since neighbouring positions tell of what is lost, too. `made` and `seen` are rows as
-    from `record_rows` and `window_rows`. A change costs `WINDOW_RIDGE` of the mean diagonal.
+    what the whole kernel sees, since neighbouring positions tell of what is lost, too. `made` are rows as from
+    `record_rows`, `seen` those of `window_rows` without `removed`. A change costs `WINDOW_RIDGE` of the mean diagonal.
+    Raises UserError when `seen` is not finite.
     """
     weight = kernels(layer, 1)
-    kept = _kept(weight.shape[2], removed.to(weight.device))
-    seen = seen[:, :, kept.repeat_interleave(weight.shape[3])]
+    kept = is_kept(weight.shape[2], removed.to(weight.device))
     missing = made - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
     change = _regression(seen, missing, WINDOW_RIDGE)
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))
@@ -85,19 +85,12 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
     weight = kernels(layer, spread)
     mixing = torch.einsum("goik,gojk->gij", weight, weight)  # (g, C, C)
     gone = inputs.flip(0).flatten()
-    order = torch.cat([_kept(gram.shape[-1], gone).nonzero().flatten(), gone]).to(gram.device)
+    order = torch.cat([is_kept(gram.shape[-1], gone).nonzero().flatten(), gone]).to(gram.device)
     power = (mixing * gram).sum().cpu()
     left = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(gone) :]  # (g, C, R * n)
     lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1)).cpu()
     per_row = lost.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
     return per_row / power if power > 0 else torch.zeros_like(per_row)
-
-
-def _kept(count: int, removed: torch.Tensor) -> torch.Tensor:
-    """Which of so many are not removed, as truth values."""
-    kept = torch.ones(count, dtype=torch.bool, device=removed.device)
-    kept[removed] = False
-    return kept
 
 
 def _regression(rows: torch.Tensor, wanted: torch.Tensor, share: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cleanai.activations import channel_rows, window_rows
+from cleanai.activations import NONE, channel_rows, is_kept, window_rows
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 from cleanai.evaluation import Evaluation, evaluate
@@ -51,44 +51,57 @@ def reconstruct_in_order(
     images: ImageSet,
     compute: Compute,
     title: str,
-) -> None:
+) -> tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]]:
     """Let the layers of a network, one after the other as they run, make up for the channels that are about to go.
 
     `received` and `made` are the rows of what layers received and made of `images` (`record_rows`), `removed` the
     inputs (R,) that each loses; their weights become zero. All images pass the network in one batch, which batch norm
     is recalibrated on, and each layer, just before it runs, gets the weights with which its outputs come nearest to
     what they were, out of what it receives now: so it makes up for what the layers before it could not, too. In memory
-    are what `images` are between two layers, once more while a layer's windows are taken, and the rows. A layer that
+    are what `images` are between two layers, and the rows. A layer of which there are no rows only passes, and one that
     runs several times keeps its weights: what it receives later is not known yet when it runs first.
+
+    Returns the `channel_rows` and the `window_rows` of what the layers in `spreads` receive now, without what is
+    removed; nothing of those that run several times.
 
     Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
     in five steps: 83.1 with Neuron Coverage and 83.4 with WANDA; without windows 82.2 and 82.5, and with each layer
     reconstructed by itself 81.2 and 81.5.
     """
-    waiting = dict(received)
-    bar = iter(progress(range(len(waiting)), title, "layer"))
+    channels: dict[nn.Module, torch.Tensor] = {}
+    windows: dict[nn.Module, torch.Tensor] = {}
+    passed: set[nn.Module] = set()
+    bar = iter(progress(range(len(spreads)), title, "layer"))
 
     def repair(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        before = waiting.pop(layer, None)
-        if before is None:
+        if layer in passed:
+            channels.pop(layer, None)
+            windows.pop(layer, None)
             return
+        passed.add(layer)
+        next(bar, None)
+        before, gone = received.get(layer), removed.get(layer, NONE).to(args[0].device)
         with torch.autocast(args[0].device.type, enabled=False):
             now = channel_rows(layer, args[0], len(images), spreads[layer]).float()
-            if now.shape != before.shape:
+            if before is not None and now.shape != before.shape:
                 return
-            reconstruct(layer, before, now, removed[layer], spreads[layer])
+            channels[layer] = now[:, :, is_kept(now.shape[2], gone)]
+            seen = window_rows(layer, args[0], len(images), gone)
+            if seen is not None:
+                windows[layer] = seen.float()
+            if before is not None:
+                reconstruct(layer, before, now, gone, spreads[layer])
             if layer in made:
-                seen = window_rows(layer, args[0], len(images)).float()
-                reconstruct_windows(layer, made[layer], seen, removed[layer])
-        next(bar, None)
+                reconstruct_windows(layer, made[layer], windows[layer], gone)
 
-    handles = [layer.register_forward_pre_hook(repair) for layer in waiting]
+    handles = [layer.register_forward_pre_hook(repair) for layer in spreads]
     try:
         with _new_averages(network), torch.no_grad(), compute.autocast():
             network(next(images.batches(len(images)))[0])
     finally:
         for handle in handles:
             handle.remove()
+    return channels, windows
 
 
 def repair_accuracies(

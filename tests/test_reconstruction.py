@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from cleanai import UserError, activations
-from cleanai.activations import record_rows, window_rows
+from cleanai.activations import convolved, record_rows, window_rows
 from cleanai.data import ImageSet
+from cleanai.groups import find_groups
 from cleanai.reconstruction import RIDGE, WINDOW_RIDGE, gram_matrix, output_errors, reconstruct, reconstruct_windows
 from cleanai.repair import reconstruct_in_order
 
@@ -214,16 +215,19 @@ class TestWindows:
         layer, gone = network[2], torch.tensor([1])
         _, made = record_rows(network, {layer: 1}, pictures, compute)
         with torch.inference_mode():
-            seen = window_rows(layer, 0.9 * network[:2](next(pictures.batches(50))[0]), 50)  # as if something had gone
+            values = 0.9 * network[:2](next(pictures.batches(50))[0])  # as if something had gone
+            seen = window_rows(layer, values, 50, gone)
         layer.weight.data[:, gone] = 0
         before = copy.deepcopy(layer)
         reconstruct_windows(layer, made[layer], seen, gone)
         positions = layer.weight[0, 0].numel()
-        kept = torch.tensor([j for j in range(seen.shape[2]) if j // positions != 1])
+        kept = torch.tensor([j for j in range(layer.weight.shape[1] * positions) if j // positions != 1])
+        with torch.inference_mode():
+            torch.testing.assert_close(seen, window_rows(layer, values, 50)[:, :, kept])
         for group in range(layer.groups):
             x, old, new = (
                 values.double() for values in (
-                    seen[group][:, kept],
+                    seen[group],
                     *(one.weight.detach().chunk(layer.groups)[group].flatten(1)[:, kept] for one in (before, layer)),
                 )
             )
@@ -343,6 +347,36 @@ class TestInOrder:
         spreads = {network.again: 1, network.last: 1}
         received, made = record_rows(network, spreads, pictures, compute)
         lost = {network.again: torch.tensor([], dtype=torch.long), network.last: torch.tensor([1])}
-        reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
+        channels, _ = reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
+        assert set(channels) == {network.last}, "what it received when it ran last is not told"
         assert torch.equal(network.again.weight, before.again.weight)
         assert not torch.equal(network.last.weight, before.last.weight)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_it_tells_what_the_cut_network_receives_and_makes(self, groups, pictures, compute):
+        """As if it had been recorded anew: the next step of pruning begins with it."""
+        torch.manual_seed(2)
+        network = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=groups),
+            nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+        ).eval()
+        example = next(pictures.batches(1))[0]
+        graph, found = find_groups(network, example)
+        spreads = {layer: spread for group in found for layer, spread in group.spreads.items()}
+        begun = reconstruct_in_order(network, {}, {}, {}, spreads, pictures, compute, "")
+        received, made = record_rows(network, spreads, pictures, compute)
+        assert set(begun[0]) == set(received) == set(spreads)
+        for layer, rows in received.items():
+            torch.testing.assert_close(begun[0][layer], rows, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(convolved(network[3], begun[1][network[3]]), made[network[3]], rtol=1e-3, atol=1e-3)
+
+        lost = {reader: group.inputs(reader)[[2, 1]].flatten() for group in found for reader in group.readers}
+        channels, windows = reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
+        for group in found:
+            group.remove(graph, [1, 2])
+        received, made = record_rows(network, spreads, pictures, compute)
+        assert set(channels) == set(received)
+        assert set(windows) == set(made) == {network[3]}
+        for layer, rows in received.items():
+            torch.testing.assert_close(channels[layer], rows, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(convolved(network[3], windows[network[3]]), made[network[3]], rtol=1e-3, atol=1e-3)
