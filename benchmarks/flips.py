@@ -51,6 +51,7 @@ def main() -> None:
         "kept_out_images": str(len(images.test)),
         "batch_size": str(args.batch_size),
         "lr": str(args.lr),
+        "precision": compute.precision,
     }
     rows = known_rows(path, facts, args.fresh)
     for seed in range(SEEDS):

@@ -12,7 +12,7 @@ from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
 CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-NONE = torch.tensor([], dtype=torch.long)  # no channels
+NO_CHANNELS = torch.tensor([], dtype=torch.long)
 ROWS = 2**14  # of a layer's inputs: 32 for each of 512 channels
 WINDOWS = 2**13  # of what a convolution's kernel sees
 ROWS_PER_WEIGHT = 4  # fewer, and least squares learns the images by heart; 3 was slower and no better
@@ -108,7 +108,7 @@ def channel_rows(layer: nn.Module, values: torch.Tensor, images: int, spread: in
 
 
 def window_rows(
-    layer: nn.Module, values: torch.Tensor, images: int, removed: torch.Tensor = NONE
+    layer: nn.Module, values: torch.Tensor, images: int, removed: torch.Tensor = NO_CHANNELS
 ) -> torch.Tensor | None:
     """What the kernel of `layer` sees, a row per image and position: (groups, rows, C * kernel positions).
 
@@ -134,8 +134,8 @@ def window_rows(
         seen.append(places.clamp(0, side - 1))
         inside.append(places == seen[-1])
     chosen = _chosen(len(seen[0]) * len(seen[1]), WINDOWS // images)
-    kept = is_kept(layer.weight.shape[1], removed.to(values.device))
-    if len(chosen) * images < ROWS_PER_WEIGHT * int(kept.sum()) * layer.weight[0, 0].numel():
+    kept = is_kept(layer.weight.shape[1], removed)
+    if min(WINDOWS, len(chosen) * images) < ROWS_PER_WEIGHT * int(kept.sum()) * layer.weight[0, 0].numel():
         return None
     row, column = chosen.div(len(seen[1]), rounding_mode="floor"), chosen % len(seen[1])
     down, right = (places.to(values.device) for places in (seen[0][row][:, :, None], seen[1][column][:, None]))
@@ -151,8 +151,8 @@ def convolved(layer: nn.Conv2d, seen: torch.Tensor) -> torch.Tensor:
 
 
 def is_kept(count: int, removed: torch.Tensor) -> torch.Tensor:
-    """Which of so many are not among the removed (R,), as truth values (count,)."""
-    kept = torch.ones(count, dtype=torch.bool, device=removed.device)
+    """Which of so many are not among the removed (R,), as truth values (count,) on the CPU, as these are."""
+    kept = torch.ones(count, dtype=torch.bool)  # indexing with it does not wait for a GPU
     kept[removed] = False
     return kept
 
@@ -189,9 +189,10 @@ def observe(
     if output:
         hooks.append(network.register_forward_hook(lambda network, args, outputs: show(network, outputs)))
     try:
-        with torch.inference_mode(), compute.autocast():  # around the loop, so that weights are converted once
+        with torch.inference_mode():
             for inputs, _ in compute.batches(images, title):
-                network(inputs)
+                with compute.autocast():
+                    network(inputs)
     finally:
         for hook in hooks:
             hook.remove()

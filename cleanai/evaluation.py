@@ -36,9 +36,10 @@ def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str 
     was_training = network.training
     network.eval()
     correct, loss = [], torch.zeros((), device=images.labels.device, dtype=torch.float64)
-    with torch.inference_mode(), compute.autocast():  # around the loop, so that weights are converted once
+    with torch.inference_mode():
         for inputs, labels in compute.batches(images, title):
-            outputs = network(inputs)
+            with compute.autocast():
+                outputs = network(inputs)
             loss += F.cross_entropy(outputs.float(), labels, reduction="sum")
             correct.append(outputs.argmax(1) == labels)
     network.train(was_training)

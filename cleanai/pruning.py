@@ -58,10 +58,11 @@ def prune_to_budget(
     `repair_on` serves for all this, all of it in one batch; no label is looked at. What the network puts out keeps its
     width. Instead of their number, `steps` can be the part of the way done after each, the last 1.
 
-    Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds; `layers`: widths
-    before and after), and a copy of the network without the same channels that was not repaired. `after_step` is called
-    with the number of each step, the network, and that copy, and must leave both as they are. Raises UserError, before
-    anything is touched, when the shares cannot be met or the network cannot be pruned.
+    Returns what went (`steps`: shares asked for and removed after each, in percent, and its seconds, the first with all
+    that comes before; `layers`: widths before and after), and a copy of the network without the same channels that was
+    not repaired. `after_step` is called with the number of each step, the network, and that copy, and must leave both
+    as they are. Raises UserError, before anything is touched, when the shares cannot be met or the network cannot be
+    pruned.
     """
     started = time.perf_counter()
     example = next(calibration.batches(1))[0]
@@ -78,11 +79,10 @@ def prune_to_budget(
     multiple, planned = _first_plan(groups, least, round_to, costs, goal)
     _require(shares, before, costs(planned))
     left = _by_name(groups, planned)
-    received: dict[nn.Module, torch.Tensor] = {}
-    seen: dict[nn.Module, torch.Tensor] = {}
+    met: tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]] = {}, {}  # rows, in the last repair
     if repair == "full":  # what other images made of batch norm is nothing to come near to
-        title = "Recalibrating batch norm"
-        received, seen = reconstruct_in_order(network, {}, {}, {}, _spreads(groups), repair_on, compute, title)
+        title = "Recalibrating, measuring relations"
+        met = reconstruct_in_order(network, {}, {}, {}, _spreads(groups), repair_on, compute, title)
 
     achieved = []
     parts = [step / steps for step in range(1, steps + 1)] if isinstance(steps, int) else steps
@@ -97,10 +97,12 @@ def prune_to_budget(
                 network, calibration, compute, title + "measuring channels", importance.moments
             )
         spreads = _spreads(groups)
-        made = {layer: convolved(layer, seen.pop(layer)) for layer in list(seen)}
-        if not spreads.keys() <= received.keys():  # else the repair before met what this step begins with
+        received, seen = met
+        if spreads.keys() <= received.keys():
+            made = {layer: convolved(layer, seen.pop(layer)) for layer in list(seen)}
+        else:
             received, made = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
-        grams = {layer: gram_matrix(rows) for layer, rows in received.items()}
+        grams = {layer: gram_matrix(received[layer]) for layer in spreads}
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
 
@@ -121,9 +123,7 @@ def prune_to_budget(
         if repair == "full":
             lost = _lost_inputs(groups, gone)
             title += "reconstructing"
-            received, seen = reconstruct_in_order(network, received, made, lost, spreads, repair_on, compute, title)
-        else:
-            received = {}
+            met = reconstruct_in_order(network, received, made, lost, spreads, repair_on, compute, title)
         _cut(graph, groups, gone)
         _cut(*_groups(unrepaired, example, sound), gone)
         for pruned in (network, unrepaired):

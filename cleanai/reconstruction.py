@@ -47,7 +47,7 @@ def reconstruct(
     position replaces W[:, P] (He et al. 2017, 1707.06168). Changing what is kept costs lambda, `RIDGE` of the mean
     diagonal.
     """
-    kept = is_kept(now.shape[-1], removed.to(now.device))
+    kept = is_kept(now.shape[-1], removed)
     now = now[:, :, kept]
     change = before.clone()
     change[:, :, kept] -= now
@@ -67,10 +67,17 @@ def reconstruct_windows(layer: nn.Conv2d, made: torch.Tensor, seen: torch.Tensor
     Raises UserError when `seen` is not finite.
     """
     weight = kernels(layer, 1)
-    kept = is_kept(weight.shape[2], removed.to(weight.device))
+    kept = is_kept(weight.shape[2], removed)
     missing = made - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
     change = _regression(seen, missing, WINDOW_RIDGE)
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))
+    set_kernels(layer, weight)
+
+
+def silence(layer: nn.Module, removed: torch.Tensor, spread: int = 1) -> None:
+    """Make the weights of the input channels `removed` (R,) zero, in each group of a convolution."""
+    weight = kernels(layer, spread)
+    weight[:, :, removed] = 0
     set_kernels(layer, weight)
 
 

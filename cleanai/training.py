@@ -51,7 +51,8 @@ def fine_tune(
 
     Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption. With
     `flip` "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so
-    on, so that two epochs show each image from both sides (Jordan 2024, 2404.00498).
+    on: one that two epochs in a row show, they show from both sides (Jordan 2024, 2404.00498).
+
     Raises UserError when an earlier run had other settings, or the loss is no longer a number.
     """
     finished = find_checkpoint(scenario.final, facts["config"])

@@ -6,7 +6,7 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError
-from cleanai.activations import record_statistics
+from cleanai.activations import record_rows, record_statistics
 from cleanai.importance import NeuronCoverageImportance, WandaImportance
 from cleanai.models import load_network, save_network
 from cleanai.pruning import prune_to_budget
@@ -21,6 +21,21 @@ def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="sam
     return prune_to_budget(
         network, importance, calibration, repair_on, compute, ratio, macs_ratio, steps, batch_size=64, **options
     )
+
+
+@pytest.mark.parametrize(("repair", "expected"), [("full", 0), ("bn", 3), ("none", 3)])
+def test_images_of_the_repair_are_recorded_only_where_no_repair_before_met_them(
+    repair, expected, network, digits, compute, monkeypatch
+):
+    recorded = []
+
+    def record(*args):
+        recorded.append(args)
+        return record_rows(*args)
+
+    monkeypatch.setattr("cleanai.pruning.record_rows", record)
+    _prune(network, digits, compute, steps=3, repair=repair)
+    assert len(recorded) == expected
 
 
 def _macs(network):

@@ -332,12 +332,14 @@ class TestInOrder:
         for layer, removed in zip((in_order[2], in_order[4]), gone):
             assert not layer.weight[:, removed].any()
 
-    def test_a_layer_that_runs_twice_keeps_its_weights(self, pictures, compute):
+    @pytest.mark.parametrize("lost_by_it", [[], [1]])
+    def test_a_layer_that_runs_twice_keeps_the_other_weights(self, lost_by_it, pictures, compute):
         class Twice(nn.Module):
             def __init__(self):
                 super().__init__()
                 torch.manual_seed(2)
-                self.first, self.again, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+                self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+                self.again = nn.Conv2d(8, 8, 3, padding=1)
 
             def forward(self, inputs):
                 return self.last(self.again(self.again(self.first(inputs).relu()).relu()).relu())
@@ -346,19 +348,29 @@ class TestInOrder:
         before = copy.deepcopy(network)
         spreads = {network.again: 1, network.last: 1}
         received, made = record_rows(network, spreads, pictures, compute)
-        lost = {network.again: torch.tensor([], dtype=torch.long), network.last: torch.tensor([1])}
-        channels, _ = reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
-        assert set(channels) == {network.last}, "what it received when it ran last is not told"
-        assert torch.equal(network.again.weight, before.again.weight)
+        lost = {network.again: torch.tensor(lost_by_it, dtype=torch.long), network.last: torch.tensor([1])}
+        met = reconstruct_in_order(network, received, made, lost, spreads, pictures, compute, "")
+        assert met == ({}, {}), "what it received when it ran last is not told"
+        assert not network.again.weight[:, lost_by_it].any()
+        kept = [channel for channel in range(8) if channel not in lost_by_it]
+        assert torch.equal(network.again.weight[:, kept], before.again.weight[:, kept])
         assert not torch.equal(network.last.weight, before.last.weight)
 
+    def test_what_a_batch_norm_that_runs_twice_lets_through_is_not_told(self, pictures, compute):
+        """It normalises each time by the batch itself, and afterwards by the mean over both."""
+        norm = nn.BatchNorm2d(8)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, 8, 1), norm, nn.Conv2d(8, 2, 1)).eval()
+        spreads = {network[2]: 1, network[4]: 1}
+        assert reconstruct_in_order(network, {}, {}, {}, spreads, pictures, compute, "") == ({}, {})
+
+    @pytest.mark.parametrize("last", ["transposed", "linear behind a flatten"])
     @pytest.mark.parametrize("groups", [1, 2])
-    def test_it_tells_what_the_cut_network_receives_and_makes(self, groups, pictures, compute):
+    def test_it_tells_what_the_cut_network_receives_and_makes(self, groups, last, pictures, compute):
         """As if it had been recorded anew: the next step of pruning begins with it."""
         torch.manual_seed(2)
         network = nn.Sequential(
-            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=groups),
-            nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, groups=groups),
+            nn.BatchNorm2d(8), nn.ReLU(), READERS[last][0]()
         ).eval()
         example = next(pictures.batches(1))[0]
         graph, found = find_groups(network, example)
