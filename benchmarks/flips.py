@@ -5,7 +5,7 @@ each kind of flip, for several seeds. Accuracy is measured on training images th
 An interrupted run goes on with the same command.
 
     python benchmarks/flips.py                                       # 20 epochs on nine tenths of the training images
-    python benchmarks/flips.py --epochs 8 --train-samples 5000       # three quarters of an hour on two CPU cores
+    python benchmarks/flips.py --epochs 8 --train-samples 2500       # about half an hour on two CPU cores
 """
 from __future__ import annotations
 

@@ -134,9 +134,10 @@ def plain_loop(images, classes, device, args, workers):
     return step
 
 
-def our_loop(images, classes, compute, args):
-    """One step after the other of the loop in `cleanai.training`."""
-    step = TrainingStep(compute.place(resnet18_for_small_images(classes).train()), images.train, compute)
+def our_loop(images, classes, compute, args, compiled=False):
+    """One step after the other of the loop in `cleanai.training`, of a network as it is or compiled."""
+    network = compute.place(resnet18_for_small_images(classes).train())
+    step = TrainingStep(torch.compile(network) if compiled else network, images.train, compute)
     generator = torch.Generator().manual_seed(0)
     count = len(images.train)
 
