@@ -2,7 +2,7 @@
 
 All train the same ResNet-18 on the same images, in turns; what is compared is the median over the turns. The first
 step of the compiled network is timed by itself: it waits for the compiler, and the epochs until that is made up for
-are told. torch.compile needs a C++ compiler on a CPU, and Triton on a GPU.
+are told. torch.compile needs a C++ compiler, and Triton on a GPU.
 
     python benchmarks/compiled_step.py
     python benchmarks/compiled_step.py --dataset Digits    # images that are there without any download
@@ -38,7 +38,9 @@ def main() -> None:
     try:
         first_step_s = {name: timed(step, 1, compute) for name, step in loops.items()}
     except Exception as error:  # whatever the compiler beneath may raise
-        raise UserError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"torch.compile does not work here ({type(error).__name__}): it needs a C++ compiler, and Triton on a GPU"
+        ) from error
 
     seconds_per_step = {name: [] for name in loops}
     for step in loops.values():

@@ -35,8 +35,7 @@ def main() -> None:
     args = cli.parse(__doc__, dataset="CIFAR10", precision="auto")
     scenarios = {method: Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir, method) for method in SCRIPTS}
     records = {method: finished(scenario, SCRIPTS[method]) for method, scenario in scenarios.items()}
-    configs = [{"flip": "random", **record["config"]} for record in records.values()]  # once there was no other
-    configs = [{name: config[name] for name in SETTINGS} for config in configs]
+    configs = [{name: record["config"][name] for name in SETTINGS} for record in records.values()]
     if configs[0] != configs[1]:
         raise UserError("Scripts 2 and 3 were run with other settings than each other: run both with the same, --fresh")
     epochs, batch_size, lr, train_samples, seed, flip, precision, calibration_batches = configs[0].values()
@@ -86,6 +85,7 @@ def finished(scenario: Scenario, script: str) -> dict[str, Any]:
     record = read_record(scenario.record)
     if record is None:
         raise UserError(f"No record of {script}: {scenario.record}. Run first: {scenario.command(script)}")
+    record["config"].setdefault("flip", "random")  # earlier versions knew no other
     return record
 
 

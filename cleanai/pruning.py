@@ -100,7 +100,7 @@ def prune_to_budget(
         received, seen = met
         if spreads.keys() <= received.keys():
             made = {layer: convolved(layer, seen.pop(layer)) for layer in list(seen)}
-        else:
+        else:  # without such a repair, or where a layer runs several times
             received, made = record_rows(network, spreads, repair_on, compute, title + "measuring relations")
         grams = {layer: gram_matrix(received[layer]) for layer in spreads}
         orders = [importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
