@@ -25,7 +25,7 @@ OPTIONS = ["--sweep", "--dataset", "Digits", "--ratios", "0.5", "--calibration-b
 @pytest.fixture(scope="module")
 def sweep(_trained, digits, compute):
     """Run a sweep of the trained network: its points, and all that it gave to keep."""
-    calibration, heldout = digits.calibration_split(128, seed=0)
+    calibration, heldout = digits.calibration_split(64, seed=0)
 
     def swept(known=(), ratios=RATIOS, fine_tune=None):
         kept = []
@@ -33,7 +33,7 @@ def sweep(_trained, digits, compute):
             _trained,
             ratios,
             calibration,
-            digits.repair_sample(128, seed=0),
+            digits.repair_sample(64, seed=0),
             digits.test.select(heldout),
             compute,
             batch_size=64,
