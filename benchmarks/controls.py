@@ -16,7 +16,7 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
-from cleanai.checkpoints import read_record
+from cleanai.checkpoints import AS_BEFORE, read_record
 from cleanai.comparison import METHODS
 from cleanai.compute import choose_compute
 from cleanai.evaluation import evaluate
@@ -85,7 +85,8 @@ def finished(scenario: Scenario, script: str) -> dict[str, Any]:
     record = read_record(scenario.record)
     if record is None:
         raise UserError(f"No record of {script}: {scenario.record}. Run first: {scenario.command(script)}")
-    record["config"].setdefault("flip", "random")  # earlier versions knew no other
+    for name, value in AS_BEFORE.items():
+        record["config"].setdefault(name, value)
     return record
 
 

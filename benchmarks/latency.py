@@ -9,14 +9,12 @@ batches of 128, in float32 and in bfloat16. Two more copies of the original tell
 from __future__ import annotations
 
 import copy
-import json
 
 import torch
 
 from cleanai import cli
-from cleanai.checkpoints import load_checkpoint
+from cleanai.checkpoints import load_checkpoint, write_record
 from cleanai.compute import choose_compute
-from cleanai.files import write_bytes
 from cleanai.importance import WandaImportance
 from cleanai.latency import time_networks
 from cleanai.models import network_from
@@ -63,7 +61,7 @@ def main() -> None:
         result["precisions"][precision] = timed
     print(f"\n{table(result)}")
     path = PROJECT / "results" / "speed" / f"latency_{args.dataset}_{compute.device.type}.json"
-    write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_record(path, result)
     print(f"\n{path}")
 
 

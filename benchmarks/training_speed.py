@@ -10,7 +10,6 @@ that a machine whose speed drifts treats both alike; what is compared is the med
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 
@@ -21,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from cleanai import cli
+from cleanai.checkpoints import write_record
 from cleanai.compute import choose_compute
-from cleanai.files import write_bytes
 from cleanai.measure import count_macs
 from cleanai.models import resnet18_for_small_images
 from cleanai.progress import progress
@@ -100,7 +99,7 @@ def main() -> None:
     }
     print(f"\n{table(result)}")
     path = PROJECT / "results" / "speed" / f"training_{args.dataset}_{compute.device.type}.json"
-    write_bytes(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_record(path, result)
     print(path)
 
 
