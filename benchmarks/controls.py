@@ -24,11 +24,11 @@ from cleanai.files import file_digest
 from cleanai.models import load_network
 from cleanai.scenario import PROJECT, Scenario
 from cleanai.sources import load_images
-from cleanai.training import train
+from cleanai.training import TrainSettings, train
 
 FOLDER = PROJECT / "results" / "controls"
 SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
-SETTINGS = ("epochs", "batch_size", "lr", "train_samples", "seed", "flip", "precision", "calibration_batches")
+SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "train_samples", "seed", "flip", "precision", "calibration_batches")
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     configs = [{name: record["config"][name] for name in SETTINGS} for record in records.values()]
     if configs[0] != configs[1]:
         raise UserError("Scripts 2 and 3 were run with other settings than each other: run both with the same, --fresh")
-    epochs, batch_size, lr, train_samples, seed, flip, precision, calibration_batches = configs[0].values()
+    epochs, batch_size, lr, weight_decay, train_samples, seed, flip, precision, calibration_batches = configs[0].values()
     compute = choose_compute(args.device, precision)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir).with_train_samples(train_samples, seed).to(compute.device)
@@ -61,7 +61,8 @@ def main() -> None:
         if any((row["network"], row["trained"]) == (network, trained) for row in rows):
             return
         print(f"{network}, {trained}", flush=True)
-        train(compute.place(control), images, compute, epochs, batch_size, lr, seed, flip)
+        settings = TrainSettings(epochs, batch_size, lr, weight_decay, seed, flip)
+        train(compute.place(control), images, compute, settings)
         correct = evaluate(control, images.test, compute).correct.double()
         add(network, trained, 100 * correct.mean().item(), 100 * correct[heldout].mean().item())
 

@@ -22,7 +22,7 @@ from cleanai.evaluation import evaluate
 from cleanai.models import resnet18_for_small_images
 from cleanai.scenario import PROJECT
 from cleanai.sources import load_images
-from cleanai.training import train
+from cleanai.training import TrainSettings, train
 
 FOLDER = PROJECT / "results" / "flips"
 FLIPS = ("random", "alternating")
@@ -61,7 +61,8 @@ def main() -> None:
             print(f"{flip} flips, seed {seed}", flush=True)
             torch.manual_seed(seed)
             network = compute.place(resnet18_for_small_images(len(images.classes)))
-            train(network, images, compute, args.epochs, args.batch_size, args.lr, seed, flip)
+            settings = TrainSettings(args.epochs, args.batch_size, args.lr, 0.0, seed, flip)
+            train(network, images, compute, settings)
             accuracy = evaluate(network, images.test, compute).accuracy_percent
             rows.append({"flip": flip, "seed": str(seed), "accuracy_percent": f"{accuracy:.2f}", **facts})
             write_rows(path, rows)

@@ -132,6 +132,11 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
             continue
         if key == "fine_tuned_model":
             raise UserError(f"{path} was made from another fine-tuned model: start over with --fresh")
+        if key == "weights_sha256":
+            raise UserError(
+                f"{path} was made from another file called {config['weights']}: use another --checkpoints-dir, "
+                "or start over with --fresh"
+            )
         if key == "conditions":
             raise UserError(
                 f"{path} was made under other conditions ({before}) than are found now ({now}): "

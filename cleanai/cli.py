@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any, Callable, NoReturn
 
 from cleanai import UserError, distributed
+from cleanai.files import file_digest
 from cleanai.scenario import CHECKPOINTS_DIR, PROJECT
 
 
@@ -47,6 +48,10 @@ def _between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def _at_least_zero(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _between(0, 1)(text)
+
+
 def _share(word: str) -> Callable[[str], float | str | None]:
     """A share of something, or `word`; "none" stands for no share at all."""
     share = _between(0, 1)
@@ -64,19 +69,34 @@ def _dataset(text: str) -> str:
     return text
 
 
+def _weights(text: str) -> str | Path:
+    """"imagenet", "none", or an existing file."""
+    if text in ("imagenet", "none"):
+        return text
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is neither imagenet, none, nor a file")
+    return path
+
+
 # What decides the results; an earlier run's files are taken up only when all of these were the same.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "dataset": {
         "type": _dataset,
         "help": "CIFAR10 (downloaded), Digits (embedded, small), or a folder of images in --data-dir",
     },
-    "weights": {"choices": ("imagenet", "none"), "help": "what training starts from: ImageNet weights, or random ones"},
+    "weights": {
+        "type": _weights,
+        "help": "what training starts from: imagenet (downloaded), none (random weights), or a file with a state dict "
+        "of the network (.pth, .safetensors)",
+    },
     "epochs": {"type": _whole(1), "help": "epochs of fine-tuning"},
     "batch_size": {
         "type": _whole(1),
         "help": "images per training step and calibration batch; lower it when GPU memory runs out",
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
+    "weight_decay": {"type": _at_least_zero, "help": "weight decay of Adam; 0 turns it off"},
     "flip": {
         "choices": ("random", "alternating"),
         "help": "training images are mirrored at random, or each in every second epoch; digits never are",
@@ -174,7 +194,7 @@ def parse(description: str, **defaults: Any) -> Options:
     parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
     common = {name: option for name, option in _COMMON.items() if _ONLY_WITH.get(name) in {None, *defaults}}
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
-    if defaults.get("epochs") == 0:  # where training is a choice
+    if defaults.get("epochs") == 0 or "weights" in defaults:  # where training is a choice
         options["epochs"]["type"] = _whole(0)
     for_sweep = parser
     if "ratios" in defaults:
@@ -207,6 +227,8 @@ def parse(description: str, **defaults: Any) -> Options:
     if "lr" in defaults and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
     args.config = {name: getattr(args, name) for name in defaults}
+    if isinstance(args.config.get("weights"), Path):
+        args.config.update(weights=args.weights.name, weights_sha256=file_digest(args.weights))
     return args
 
 

@@ -17,22 +17,18 @@ from cleanai.downloads import FAILURES, download
 from cleanai.files import file_digest, one_line, remove_leftovers
 
 
-def build(model: str, classes: int, weights: Path | None = None) -> nn.Module:
-    """The network that a scenario calls `model`, with `classes` outputs.
+def build(model: str, classes: int) -> nn.Module:
+    """The network that a scenario calls `model`, with `classes` outputs and random weights.
 
     "ResNet18" is `resnet18_for_small_images`; any other is torchvision's classification network of that name, as it is;
-    capitals do not count, nor underscores but between digits: "MobileNetV2" is mobilenet_v2. `weights` is a file of its
-    ImageNet weights, with which all layers begin but the last; without it everything begins at random.
-    Raises UserError when there is no such network, or the file is not such weights.
+    capitals do not count, nor underscores but between digits: "MobileNetV2" is mobilenet_v2.
+    Raises UserError when there is no such network.
     """
     name = _torchvision_name(model)
     if name == "resnet18":
-        return resnet18_for_small_images(classes, weights)
+        return resnet18_for_small_images(classes)
     without_extra_outputs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    network = torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
-    if weights is not None:
-        _begin_with(network, weights, model)
-    return network
+    return torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
 
 
 def imagenet_url(model: str) -> str:
@@ -56,40 +52,11 @@ def _short(name: str) -> str:
     return re.sub(r"(?<!\d)_|_(?!\d)", "", name.lower())
 
 
-def _begin_with(network: nn.Module, weights: Path, model: str) -> None:
-    """Load all weights that fit; UserError unless these are all but those of the last layer."""
-    own = network.state_dict()
-    last = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
-    try:
-        given = torch.load(weights, map_location="cpu", weights_only=True)
-        fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
-        lacking = {name.rsplit(".", 1)[0] for name in own if name not in fitting and "num_batches" not in name}
-        if lacking - {last}:
-            raise ValueError(f"no weights for {len(lacking)} layers")
-        network.load_state_dict(fitting, strict=False)
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{weights} holds no ImageNet weights of {model}: delete it and run again") from error
-
-
-def resnet18_for_small_images(classes: int, weights: Path | None = None) -> ResNet:
-    """ResNet-18 with a 3x3 stem of stride 1, no max-pool, and `classes` outputs (11,173,962 parameters for 10).
-
-    `weights` is a file of torchvision's ImageNet weights: all layers but the classifier begin with them, and the stem
-    with the centres of their 7x7 kernels. Without it everything begins at random.
-    Raises UserError when the file is not such weights.
-    """
+def resnet18_for_small_images(classes: int) -> ResNet:
+    """ResNet-18 with a 3x3 stem of stride 1, no max-pool, and `classes` outputs (11,173,962 parameters for 10)."""
     network = resnet18(weights=None)
-    if weights is not None:
-        try:
-            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            raise UserError(f"{weights} holds no ImageNet weights of ResNet-18: delete it and run again") from error
-    stem = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    if weights is None:
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-    else:
-        stem.weight.data.copy_(network.conv1.weight.data[:, :, 2:5, 2:5])
-    network.conv1 = stem
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     network.maxpool = nn.Identity()
     network.fc = nn.Linear(network.fc.in_features, classes)
     return network

@@ -19,7 +19,7 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
-_NO_SETTINGS = ("dataset", "fine_tuned_model", "conditions")  # of a config: what is told otherwise, or found out
+_NO_SETTINGS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")  # of a config: what is told otherwise, or found out
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:

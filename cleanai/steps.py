@@ -22,7 +22,7 @@ class TrainingStep:
     Of every batch each process takes its share.
     """
 
-    def __init__(self, network: nn.Module, images: ImageSet, compute: Compute):
+    def __init__(self, network: nn.Module, images: ImageSet, compute: Compute, weight_decay: float = 0.0):
         self._images, self._compute = images, compute
         self._network = _shared(network, compute) if distributed.processes() > 1 else network
         graphed = compute.cuda_graph
@@ -31,7 +31,7 @@ class TrainingStep:
         self._eager_steps = 0
         # A recorded step reads its learning rate from the device.
         lr = torch.zeros((), device=compute.device) if graphed else 0.0
-        self._settings = {"lr": lr, "fused": compute.device.type == "cuda", "capturable": graphed}
+        self._settings = {"lr": lr, "fused": compute.device.type == "cuda", "capturable": graphed, "weight_decay": weight_decay}
         self._optimizer = torch.optim.Adam(network.parameters(), **self._settings)
         self._scaler = compute.gradient_scaler()
 

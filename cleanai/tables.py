@@ -107,7 +107,9 @@ def origin_lines(record: Record) -> str:
 def prepared_with(record: Record) -> str:
     """How the network that a pruning script began with was made."""
     config = record["prepared_with"]
-    weights = "ImageNet weights" if config["weights"] == "imagenet" else "random weights"
+    weights = {"imagenet": "ImageNet weights", "none": "random weights"}.get(config["weights"])
+    if weights is None:
+        weights = f"{config['weights']} ({config['weights_sha256'][:8]}…)"
     samples = f" on {config['train_samples']:,} images" if config["train_samples"] else ""
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
 

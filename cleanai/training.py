@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ SAVE_EVERY = 5  # epochs
 WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained with Adam: `lr` is the peak learning rate, `weight_decay` Adam's own."""
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.001
+    weight_decay: float = 0.0
+    seed: int = 0
+    flip: str = "random"
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """The learning rate at `step` of `steps`: a straight rise to `peak`, then a straight fall that ends at zero."""
     rise = max(1, round(WARM_UP * steps))
@@ -37,20 +50,16 @@ def fine_tune(
     compute: Compute,
     scenario: Scenario,
     facts: dict[str, Any],
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    flip: str = "random",
+    settings: TrainSettings,
 ) -> tuple[list[dict[str, float]], Evaluation]:
     """Train a network in place with Adam; return its history, a dictionary per epoch, and what it ended with.
 
-    Saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
+    Without any epochs it is only measured and saved. Otherwise saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
     `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. `facts` go into the
     checkpoints; their `config` says which earlier run fits.
 
     Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption. With
-    `flip` "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so
+    flip "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so
     on: one that two epochs in a row show, they show from both sides (Jordan 2024, 2404.00498).
 
     Raises UserError when an earlier run had other settings, or the loss is no longer a number.
@@ -61,26 +70,31 @@ def fine_tune(
         remove_file(scenario.resume)  # there, when the earlier run was killed between its last two acts
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"], Evaluation.stored_in(finished, scenario.final)
-    _require_even_shares(images, batch_size)
+    _require_even_shares(images, settings.batch_size)
 
-    step = TrainingStep(network, images.train, compute)
+    step = TrainingStep(network, images.train, compute, settings.weight_decay)
+    epochs = settings.epochs
     history: list[dict[str, float]] = []
     interrupted = find_checkpoint(scenario.resume, facts["config"])
     if interrupted:
         _load_into(network, interrupted, scenario.resume, step)
         history = interrupted["history"]
         print(f"Going on after epoch {len(history)} of an interrupted run")
-    seconds = _estimate_epoch_seconds(network, images, compute, batch_size)
-    minutes = (epochs - len(history)) * seconds / 60
-    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {minutes:.1f} minutes")
+    if epochs:
+        seconds = _estimate_epoch_seconds(network, images, compute, settings.batch_size)
+        minutes = (epochs - len(history)) * seconds / 60
+        print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {minutes:.1f} minutes")
+    else:
+        test = evaluate(network, images.test, compute)
 
     for epoch in range(len(history) + 1, epochs + 1):
         started = time.perf_counter()
-        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed, flip)
+        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, settings)
         test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
         if not math.isfinite(test.loss):
             raise UserError(
-                f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {lr}, and --fresh"
+                f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {settings.lr}, "
+                "and --fresh"
             )
         history.append(
             {
@@ -114,17 +128,13 @@ def train(
     network: nn.Module,
     images: Images,
     compute: Compute,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    flip: str = "random",
+    settings: TrainSettings,
 ) -> None:
     """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
-    _require_even_shares(images, batch_size)
-    step = TrainingStep(network, images.train, compute)
-    for epoch in range(1, epochs + 1):
-        _train_epoch(network, step, images, compute, epoch, epochs, batch_size, lr, seed, flip)
+    _require_even_shares(images, settings.batch_size)
+    step = TrainingStep(network, images.train, compute, settings.weight_decay)
+    for epoch in range(1, settings.epochs + 1):
+        _train_epoch(network, step, images, compute, epoch, settings)
 
 
 def _require_even_shares(images: Images, batch_size: int) -> None:
@@ -165,34 +175,31 @@ def _train_epoch(
     images: Images,
     compute: Compute,
     epoch: int,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    flip: str,
+    settings: TrainSettings,
 ) -> tuple[float, float, float]:
     """Train for one epoch; return the last learning rate, the mean loss and the accuracy in percent."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
     count = len(images.train)
     # All that is random goes to the device at once.
     order = torch.randperm(count, generator=generator).to(compute.device)
     moves = images.train.draw_moves(count, images.mirror, generator)
-    if flip == "alternating" and images.mirror:
-        sides = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed * 100_003))
+    if settings.flip == "alternating" and images.mirror:
+        sides = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(settings.seed * 100_003))
         moves[:, 2] = (sides.to(compute.device)[order] + epoch) % 2
     # Batches of one size: what is left over, other images in every epoch, waits for the next.
-    steps = max(1, count // batch_size)
-    rates = [learning_rate((epoch - 1) * steps + number, epochs * steps, lr) for number in range(steps)]
+    steps = max(1, count // settings.batch_size)
+    total = settings.epochs * steps
+    rates = [learning_rate((epoch - 1) * steps + number, total, settings.lr) for number in range(steps)]
     results = torch.zeros(2, steps, device=compute.device)  # losses and shares recognised, read when all is done
     network.train()
-    for number in progress(range(steps), f"Epoch {epoch}/{epochs}", "batch"):
-        batch = slice(number * batch_size, (number + 1) * batch_size)
+    for number in progress(range(steps), f"Epoch {epoch}/{settings.epochs}", "batch"):
+        batch = slice(number * settings.batch_size, (number + 1) * settings.batch_size)
         results[0, number], results[1, number] = step(order[batch], moves[batch], rates[number])
     losses, hits = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()
     if not losses.isfinite().all():
         first = int(losses.isfinite().int().argmin())
         raise UserError(
             f"The loss is no longer a number in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
-            f"{rates[first]:.2g}: use a lower --lr than {lr}, and --fresh"
+            f"{rates[first]:.2g}: use a lower --lr than {settings.lr}, and --fresh"
         )
     return rates[-1], losses.mean().item(), 100 * hits.mean().item()

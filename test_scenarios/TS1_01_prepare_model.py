@@ -1,10 +1,12 @@
 """TS1, script 1 of 3: prepare ResNet-18 for CIFAR-10.
 
 Downloads the ImageNet-pretrained network and the dataset, adapts the network to 32x32 images and 10 classes,
-measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune the network it leaves.
+measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune the network it leaves. With --weights
+FILE it starts from your own weights; with --epochs 0 as well it takes a trained network as it is.
 
     python test_scenarios/TS1_01_prepare_model.py
     python test_scenarios/TS1_01_prepare_model.py --dataset Digits --weights none --epochs 3    # a minute on a CPU
+    python test_scenarios/TS1_01_prepare_model.py --weights my_resnet18.pth --epochs 0
 """
 from cleanai import cli
 from cleanai.checkpoints import find_checkpoint, find_record, write_record
@@ -15,10 +17,11 @@ from cleanai.tables import origin_lines, preparation_table
 SCENARIO = "TS1"
 MODEL = "ResNet18"
 DATASET = "CIFAR10"
-WEIGHTS = "imagenet"
+WEIGHTS = "imagenet"  # or "none", or a file
 EPOCHS = 20
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+WEIGHT_DECAY = 0.0  # of Adam
 FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
@@ -31,6 +34,7 @@ def main():
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
         flip=FLIP,
         train_samples=None,
         seed=SEED,
@@ -56,30 +60,31 @@ def prepare(args, scenario):
     from cleanai.distributed import end_all_but_first
     from cleanai.evaluation import evaluate
     from cleanai.measure import count_parameters
-    from cleanai.models import build, download_imagenet_weights, imagenet_url, save_network
+    from cleanai.models import build, save_network
     from cleanai.records import checkpoint_facts, describe_run
     from cleanai.sources import load_images
-    from cleanai.training import fine_tune
+    from cleanai.training import TrainSettings, fine_tune
+    from cleanai.weights import begin_with
 
     compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
-    weights = download_imagenet_weights(args.models_dir, imagenet_url(MODEL)) if args.weights == "imagenet" else None
+
+    torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
+    network = compute.place(begin_with(build(MODEL, len(images.classes)), MODEL, args.weights, args.models_dir))
     if args.fresh:
         scenario.remove_outputs()
-
     facts = checkpoint_facts(scenario, images, compute, args.config)
     find_checkpoint(scenario.pretrained, facts["config"])  # an interrupted run with other settings is refused here
-    torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
-    network = compute.place(build(MODEL, len(images.classes), weights))
     save_network(scenario.pretrained, network, facts)
 
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 
+    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
     history, after = fine_tune(
-        network, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed, args.flip
+        network, images, compute, scenario, facts, settings
     )  # the last epoch's network is the result, whichever was best on the test images
     end_all_but_first()  # of several processes, as torchrun starts them
 

@@ -29,6 +29,7 @@ REPAIR_BATCHES = 8  # of training images, without their labels
 EPOCHS = 30
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+WEIGHT_DECAY = 0.0  # of Adam
 FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
@@ -48,6 +49,7 @@ def main():
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
         flip=FLIP,
         train_samples=None,
         seed=SEED,
@@ -92,7 +94,7 @@ def prune(args, scenario):
     from cleanai.records import checkpoint_facts, describe_run, find_warnings
     from cleanai.repair import repair_accuracies
     from cleanai.sources import load_images
-    from cleanai.training import fine_tune
+    from cleanai.training import TrainSettings, fine_tune
 
     compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
@@ -138,9 +140,8 @@ def prune(args, scenario):
     print(f"After pruning: test accuracy {repair_stages(pruning)}")
 
     tuned = copy.deepcopy(pruned)
-    history, evaluations["fine_tuned"] = fine_tune(
-        tuned, images, compute, scenario, facts, args.epochs, args.batch_size, args.lr, args.seed, args.flip
-    )
+    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
+    history, evaluations["fine_tuned"] = fine_tune(tuned, images, compute, scenario, facts, settings)
     end_all_but_first()  # of several processes, as torchrun starts them
 
     networks = {"original": original, "pruned": pruned, "fine_tuned": tuned}

@@ -32,6 +32,7 @@ CALIBRATION_BATCHES = 50  # of test images; accuracy is measured on others
 REPAIR_BATCHES = 8  # of training images, without their labels
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
+WEIGHT_DECAY = 0.0  # of Adam
 FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
@@ -46,6 +47,7 @@ def main():
         repair_batches=REPAIR_BATCHES,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
         flip=FLIP,
         train_samples=None,
         test_samples=None,
@@ -95,7 +97,7 @@ def sweep(args, scenario):
     from cleanai.records import checkpoint_facts, describe_run
     from cleanai.sources import load_images
     from cleanai.sweep import measure_network, measure_sweep
-    from cleanai.training import train
+    from cleanai.training import TrainSettings, train
 
     compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
@@ -111,7 +113,8 @@ def sweep(args, scenario):
         scenario.remove_outputs()
 
     def fine_tune(network):
-        train(network, images, compute, args.epochs, args.batch_size, args.lr, args.seed, args.flip)
+        settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
+        train(network, images, compute, settings)
 
     config = checkpoint_facts(scenario, images, compute, args.config)["config"]
     earlier = find_record(scenario.resume, config)
