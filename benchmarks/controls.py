@@ -28,24 +28,27 @@ from cleanai.training import TrainSettings, train
 
 FOLDER = PROJECT / "results" / "controls"
 SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
-SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "train_samples", "seed", "flip", "precision", "calibration_batches")
+SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed", "flip")  # of TrainSettings
 
 
 def main() -> None:
     args = cli.parse(__doc__, dataset="CIFAR10", precision="auto")
     scenarios = {method: Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir, method) for method in SCRIPTS}
     records = {method: finished(scenario, SCRIPTS[method]) for method, scenario in scenarios.items()}
-    configs = [{name: record["config"][name] for name in SETTINGS} for record in records.values()]
-    if configs[0] != configs[1]:
+    configs = [record["config"] for record in records.values()]
+    if any(configs[0][name] != configs[1][name] for name in (*SETTINGS, "train_samples", "calibration_batches")):
         raise UserError("Scripts 2 and 3 were run with other settings than each other: run both with the same, --fresh")
-    epochs, batch_size, lr, weight_decay, train_samples, seed, flip, precision, calibration_batches = configs[0].values()
-    compute = choose_compute(args.device, precision)
+    config = configs[0]
+    settings = TrainSettings(**{name: config[name] for name in SETTINGS})
+    compute = choose_compute(args.device, config["precision"])
     print(compute.description)
-    images = load_images(args.dataset, args.data_dir).with_train_samples(train_samples, seed).to(compute.device)
-    _, heldout = images.calibration_split(calibration_batches * batch_size, seed)
+    images = load_images(args.dataset, args.data_dir).with_train_samples(config["train_samples"], settings.seed)
+    images = images.to(compute.device)
+    _, heldout = images.calibration_split(config["calibration_batches"] * settings.batch_size, settings.seed)
 
     path = FOLDER / f"{Scenario('TS1', 'ResNet18', args.dataset, args.checkpoints_dir).name}.csv"
-    facts = {"epochs": str(epochs), "train_images": str(len(images.train)), "lr": str(lr), "seed": str(seed)}
+    facts = {"epochs": settings.epochs, "train_images": len(images.train), "lr": settings.lr, "seed": settings.seed}
+    facts = {name: str(value) for name, value in facts.items()}
     facts.update({f"{method}_sha256": file_digest(scenario.final) for method, scenario in scenarios.items()})
     rows = known_rows(path, facts, args.fresh)
 
@@ -61,7 +64,6 @@ def main() -> None:
         if any((row["network"], row["trained"]) == (network, trained) for row in rows):
             return
         print(f"{network}, {trained}", flush=True)
-        settings = TrainSettings(epochs, batch_size, lr, weight_decay, seed, flip)
         train(compute.place(control), images, compute, settings)
         correct = evaluate(control, images.test, compute).correct.double()
         add(network, trained, 100 * correct.mean().item(), 100 * correct[heldout].mean().item())
@@ -72,7 +74,7 @@ def main() -> None:
             add_measured(f"Pruned by {METHODS[method]}", "trained on", record["models"]["fine_tuned"])
     add_control("Not pruned", "trained on", load_network(scenarios["Coverage"].fine_tuned))
     for method, scenario in scenarios.items():
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         control = load_network(scenario.pruned)
         for module in control.modules():
             if hasattr(module, "reset_parameters"):

@@ -196,6 +196,8 @@ def parse(description: str, **defaults: Any) -> Options:
     options = {**{name: {**_SETTINGS[name], "default": default} for name, default in defaults.items()}, **common}
     if defaults.get("epochs") == 0 or "weights" in defaults:  # where training is a choice
         options["epochs"]["type"] = _whole(0)
+    if "weights" in defaults:
+        options["epochs"]["help"] += "; 0 takes the network in --weights FILE as it is"
     for_sweep = parser
     if "ratios" in defaults:
         for_sweep = parser.add_argument_group("with --sweep", "Fine-tuning is that of each network, at each ratio.")
@@ -226,6 +228,8 @@ def parse(description: str, **defaults: Any) -> Options:
         parser.error("argument --deterministic: not together with --cuda-graph")
     if "lr" in defaults and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
+    if "weights" in defaults and args.epochs == 0 and not isinstance(args.weights, Path):
+        parser.error("argument --epochs: 0 takes a trained network as it is: name its file with --weights")
     args.config = {name: getattr(args, name) for name in defaults}
     if isinstance(args.config.get("weights"), Path):
         args.config.update(weights=args.weights.name, weights_sha256=file_digest(args.weights))

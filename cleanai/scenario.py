@@ -5,6 +5,7 @@ that a script that has nothing to do answers at once.
 """
 from __future__ import annotations
 
+import fnmatch
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
-_NO_SETTINGS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")  # of a config: what is told otherwise, or found out
+# Of a config: what a command gives otherwise, or finds out by itself.
+_NO_SETTINGS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -135,6 +137,15 @@ class Scenario:
             for pattern in self._outputs():
                 for path in pattern.parent.glob(pattern.name):
                     path.unlink()
+
+    def refuse_own_file(self, path: Path) -> None:
+        """Raise UserError when this script writes, and with --fresh deletes, the file at `path`."""
+        for pattern in self._outputs():
+            if path.resolve().parent == pattern.parent.resolve() and fnmatch.fnmatch(path.name, pattern.name):
+                raise UserError(
+                    f"{path} is a file that this script writes, and deletes with --fresh: copy it elsewhere, or use "
+                    "another --checkpoints-dir"
+                )
 
     def remove_unfinished(self) -> None:
         """Delete what this script was writing when it was killed; nothing, while no other run of it is at work."""

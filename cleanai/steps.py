@@ -31,7 +31,8 @@ class TrainingStep:
         self._eager_steps = 0
         # A recorded step reads its learning rate from the device.
         lr = torch.zeros((), device=compute.device) if graphed else 0.0
-        self._settings = {"lr": lr, "fused": compute.device.type == "cuda", "capturable": graphed, "weight_decay": weight_decay}
+        fused = compute.device.type == "cuda"
+        self._settings = {"lr": lr, "weight_decay": weight_decay, "fused": fused, "capturable": graphed}
         self._optimizer = torch.optim.Adam(network.parameters(), **self._settings)
         self._scaler = compute.gradient_scaler()
 

@@ -54,9 +54,9 @@ def fine_tune(
 ) -> tuple[list[dict[str, float]], Evaluation]:
     """Train a network in place with Adam; return its history, a dictionary per epoch, and what it ended with.
 
-    Without any epochs it is only measured and saved. Otherwise saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
-    `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. `facts` go into the
-    checkpoints; their `config` says which earlier run fits.
+    Saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
+    `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. With 0 epochs the network is
+    only measured and saved. `facts` go into the checkpoints; their `config` says which earlier run fits.
 
     Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption. With
     flip "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so

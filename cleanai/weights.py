@@ -19,11 +19,14 @@ _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compi
 _TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of GoogLeNet and Inception, which are not built
 
 
-def begin_with(network: nn.Module, model: str, weights: str | Path, models_dir: Path) -> nn.Module:
-    """Give a network the weights it begins with, in place, and say which; return it.
+def begin_with(
+    network: nn.Module, model: str, weights: str | Path, models_dir: Path, trained: bool = False
+) -> nn.Module:
+    """Give a network the weights it begins with, in place, and print which; return it.
 
     `weights` is "imagenet" (torchvision's published file, downloaded into `models_dir` when missing), "none" (random
-    weights stay), or a file for `load_weights`. Raises UserError as that and `download_imagenet_weights` do.
+    weights stay), or a file for `load_weights`. Raises UserError as that and `download_imagenet_weights` do, and when
+    the network is to be `trained` already and the file has no classifier for it.
     """
     if weights == "none":
         return network
@@ -31,8 +34,10 @@ def begin_with(network: nn.Module, model: str, weights: str | Path, models_dir: 
     path = download_imagenet_weights(models_dir, imagenet_url(model)) if published else Path(weights)
     if load_weights(network, path, model):
         print(f"Weights: {path}")
+    elif trained:
+        raise UserError(f"{path} has no classifier for these classes: train one, with --epochs 1 or more")
     else:
-        print(f"Weights: {path}, all but the classifier, which begins at random")
+        print(f"Weights: {path}, without a classifier for these classes: that starts from random weights")
     return network
 
 

@@ -68,11 +68,14 @@ def prepare(args, scenario):
 
     compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
     print(compute.description)
+    if args.weights not in ("imagenet", "none"):
+        scenario.refuse_own_file(args.weights)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
 
     torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
-    network = compute.place(begin_with(build(MODEL, len(images.classes)), MODEL, args.weights, args.models_dir))
+    network = build(MODEL, len(images.classes))
+    network = compute.place(begin_with(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0))
     if args.fresh:
         scenario.remove_outputs()
     facts = checkpoint_facts(scenario, images, compute, args.config)
@@ -83,9 +86,8 @@ def prepare(args, scenario):
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 
     settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
-    history, after = fine_tune(
-        network, images, compute, scenario, facts, settings
-    )  # the last epoch's network is the result, whichever was best on the test images
+    # The last epoch's network is the result, whichever was best on the test images.
+    history, after = fine_tune(network, images, compute, scenario, facts, settings)
     end_all_but_first()  # of several processes, as torchrun starts them
 
     parameters = count_parameters(network)

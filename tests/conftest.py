@@ -34,13 +34,13 @@ def digits(tmp_path_factory) -> Images:
 @pytest.fixture(scope="session")
 def _trained(digits, compute, tmp_path_factory):
     """A ResNet-18 whose channels and batch norms have seen images, so that they differ as in a real network."""
-    from cleanai.training import fine_tune
+    from cleanai.training import TrainSettings, fine_tune
 
     torch.manual_seed(0)
     network = resnet18_for_small_images(10)
     scenario = Scenario("T", "ResNet18", "Digits", tmp_path_factory.mktemp("trained"))
     small = digits.with_train_samples(256, seed=0)
-    fine_tune(network, small, compute, scenario, {"config": {}}, epochs=1, batch_size=32, lr=0.001, seed=0)
+    fine_tune(network, small, compute, scenario, {"config": {}}, TrainSettings(epochs=1, batch_size=32))
     return network.eval()
 
 

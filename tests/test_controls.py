@@ -18,6 +18,7 @@ CONFIG = {
     "batch_size": 64,
     "lr": 0.001,
     "flip": "random",
+    "weight_decay": 0.0,
     "train_samples": 512,
     "seed": 0,
     "precision": "float32",

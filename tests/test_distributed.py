@@ -25,7 +25,7 @@ from cleanai.pruning import prune_to_budget
 from cleanai.scenario import Scenario
 from cleanai.sources import load_images
 from cleanai.steps import TrainingStep
-from cleanai.training import fine_tune
+from cleanai.training import TrainSettings, fine_tune
 
 folder = Path(sys.argv[1])
 compute = choose_compute("cpu", "float32")
@@ -38,7 +38,7 @@ TrainingStep(trial, images.train, compute)(torch.arange(32), moves, rate=0.0)
 gradients = {name: parameter.grad for name, parameter in trial.named_parameters()}
 buffers = dict(trial.named_buffers())
 scenario = Scenario("T", "ResNet18", "Digits", folder)
-history, _ = fine_tune(network, images, compute, scenario, {"config": {}}, epochs=2, batch_size=32, lr=0.001, seed=0)
+history, _ = fine_tune(network, images, compute, scenario, {"config": {}}, TrainSettings(epochs=2, batch_size=32))
 trained = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 pictures = images.train.select(torch.arange(32))
 prune_to_budget(network, WandaImportance(), pictures, pictures, compute, 0.2, 0.2, steps=1, batch_size=16)

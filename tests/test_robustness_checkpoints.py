@@ -14,7 +14,7 @@ from cleanai.checkpoints import find_record, load_checkpoint, save_checkpoint
 from cleanai.models import load_network, resnet18_for_small_images, save_network
 from cleanai.scenario import Scenario
 from cleanai.steps import TrainingStep
-from cleanai.training import fine_tune
+from cleanai.training import TrainSettings, fine_tune
 
 SEED = int(os.environ.get("CLEANAI_TEST_SEED", "0"))
 FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 4, "seed": 0}}
@@ -230,7 +230,7 @@ def test_an_optimizer_of_another_network_is_told(digits, compute, tmp_path):
     for spoilt in ({**left, "optimizer": {"state": {}, "param_groups": []}}, wrong_shape, {"optimizer": []}):
         save_network(scenario.resume, network, {**FACTS, "epoch": 1, "training": spoilt, "history": []})
         with pytest.raises(UserError, match=r"resume\.pth does not fit the network it would go on from: start over"):
-            fine_tune(network, digits, compute, scenario, FACTS, epochs=4, batch_size=16, lr=0.001, seed=0)
+            fine_tune(network, digits, compute, scenario, FACTS, TrainSettings(epochs=4, batch_size=16))
 
 
 @pytest.mark.parametrize(

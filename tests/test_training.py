@@ -12,10 +12,10 @@ from cleanai.evaluation import evaluate
 from cleanai.models import load_network, resnet18_for_small_images
 from cleanai.scenario import Scenario
 from cleanai.steps import TrainingStep
-from cleanai.training import fine_tune, learning_rate, train
+from cleanai.training import TrainSettings, fine_tune, learning_rate, train
 
 FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 6}}
-SETTINGS = {"epochs": 6, "batch_size": 16, "lr": 0.001, "seed": 0}
+SETTINGS = TrainSettings(epochs=6, batch_size=16)
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute)
 
 
 def test_training_without_files_is_the_same_training(start, few, compute, tmp_path):
-    other, settings = copy.deepcopy(start), {**SETTINGS, "epochs": 2}
-    fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **settings)
-    train(other, few, compute, **settings)
+    other, settings = copy.deepcopy(start), replace(SETTINGS, epochs=2)
+    fine_tune(start, few, compute, _scenario(tmp_path), FACTS, settings)
+    train(other, few, compute, settings)
     torch.testing.assert_close(dict(other.state_dict()), dict(start.state_dict()))
 
 
@@ -85,7 +85,7 @@ def test_alternating_flips_show_each_image_from_both_sides_in_any_two_epochs(fli
     train_images = ImageSet(pixels, torch.arange(64) % 2, torch.zeros(3), torch.ones(3))
     images = Images(train_images, train_images, ["even", "odd"], mirror, "made up")
     network = _Onlooker()
-    train(network, images, compute, epochs=4, batch_size=16, lr=0.001, seed=0, flip=flip)
+    train(network, images, compute, TrainSettings(epochs=4, batch_size=16, flip=flip))
     epochs = [dict(network.seen[start : start + 64]) for start in range(0, 256, 64)]
     assert all(len(epoch) == 64 for epoch in epochs)
     changed = [[earlier[image] != later[image] for image in earlier] for earlier, later in zip(epochs, epochs[1:])]
@@ -96,9 +96,33 @@ def test_alternating_flips_show_each_image_from_both_sides_in_any_two_epochs(fli
         assert not any(any(epoch.values()) for epoch in epochs)
 
 
+def test_weight_decay_is_that_of_adam(start, few, compute):
+    expected = copy.deepcopy(start).train()
+    step = TrainingStep(start.train(), few.train, compute, weight_decay=0.1)
+    optimizer = torch.optim.Adam(expected.parameters(), lr=0.001, weight_decay=0.1)
+    for first in (0, 8):
+        chosen = torch.arange(first, first + 8)
+        step(chosen, torch.tensor([[2, 2, 0]] * 8), rate=0.001)  # moved back to where they were
+        inputs, labels = next(few.train.select(chosen).batches(8))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(expected(inputs), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(dict(start.state_dict()), dict(expected.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+def test_no_epochs_leave_a_network_as_it_is_measured_and_saved(start, few, compute, tmp_path):
+    scenario, weights = _scenario(tmp_path), copy.deepcopy(start.state_dict())
+    history, result = fine_tune(start, few, compute, scenario, FACTS, replace(SETTINGS, epochs=0))
+    assert history == []
+    assert result.loss == evaluate(start, few.test, compute).loss
+    assert [path.name for path in scenario.folder.iterdir()] == ["ResNet18_Digits_FT_final.pth"]
+    saved = load_network(scenario.final).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items())
+
+
 def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
     scenario = _scenario(tmp_path)
-    history, result = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    history, result = fine_tune(start, few, compute, scenario, FACTS, SETTINGS)
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6]
     assert set(history[0]) == {
         "epoch", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent", "learning_rate",
@@ -119,7 +143,7 @@ def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, co
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start, few, compute, tmp_path, monkeypatch):
     whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected, _ = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, **SETTINGS)
+    expected, _ = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, SETTINGS)
 
     scenario = _scenario(tmp_path / "parts")
     import cleanai.training
@@ -131,12 +155,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start,
 
     monkeypatch.setattr(cleanai.training, "evaluate", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(parts, few, compute, scenario, FACTS, **SETTINGS)
+        fine_tune(parts, few, compute, scenario, FACTS, SETTINGS)
     monkeypatch.undo()
     assert load_checkpoint(scenario.resume)["epoch"] == 3
 
     again = resnet18_for_small_images(10)  # a new process begins with other weights
-    history, _ = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
+    history, _ = fine_tune(again, few, compute, scenario, FACTS, SETTINGS)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert [e["train_loss"] for e in history] == [e["train_loss"] for e in expected]
@@ -145,11 +169,11 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start,
 
 def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_path):
     scenario = _scenario(tmp_path)
-    first, result = fine_tune(start, few, compute, scenario, FACTS, **SETTINGS)
+    first, result = fine_tune(start, few, compute, scenario, FACTS, SETTINGS)
     written = scenario.final.stat().st_mtime_ns
     again = resnet18_for_small_images(10)
     scenario.resume.write_bytes(b"left by a kill between the last two acts")
-    found, result_found = fine_tune(again, few, compute, scenario, FACTS, **SETTINGS)
+    found, result_found = fine_tune(again, few, compute, scenario, FACTS, SETTINGS)
     assert found == first
     assert result_found.accuracy_percent == result.accuracy_percent
     assert torch.equal(result_found.correct, result.correct)
@@ -157,14 +181,14 @@ def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_
     assert not scenario.resume.exists()
     assert torch.equal(again.fc.weight, start.fc.weight)
     with pytest.raises(UserError, match=r"was made with --epochs 6, and this run is with --epochs 7"):
-        fine_tune(again, few, compute, scenario, {**FACTS, "config": {"epochs": 7}}, **{**SETTINGS, "epochs": 7})
+        fine_tune(again, few, compute, scenario, {**FACTS, "config": {"epochs": 7}}, replace(SETTINGS, epochs=7))
 
 
 def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_path):
     start.fc.weight.data[0, 0] = float("nan")
     expected = r"no longer a number in epoch 1, step 1 of 3, at a learning rate of 0\.00025: use a lower --lr"
     with pytest.raises(UserError, match=expected):
-        fine_tune(start, few, compute, _scenario(tmp_path), FACTS, **SETTINGS)
+        fine_tune(start, few, compute, _scenario(tmp_path), FACTS, SETTINGS)
     assert not _scenario(tmp_path).final.exists()
 
 
@@ -179,7 +203,7 @@ def test_the_order_of_the_data_does_not_depend_on_the_number_of_threads(start, d
         monkeypatch.setattr(TrainingStep, "__call__", step)
         torch.set_num_threads(threads)
         images = replace(digits, test=digits.test.select(torch.arange(20)), mirror=True).with_train_samples(999, seed=0)
-        fine_tune(start, images, compute, _scenario(tmp_path / str(threads)), FACTS, **{**SETTINGS, "epochs": 2})
+        fine_tune(start, images, compute, _scenario(tmp_path / str(threads)), FACTS, replace(SETTINGS, epochs=2))
         return [*drawn, images.train.pixels, images.repair_sample(99, 0).pixels, digits.calibration_split(99, 0)[1]]
 
     threads = torch.get_num_threads()
@@ -208,6 +232,6 @@ def test_a_recorded_step_learns_what_an_eager_one_does(start, few, tmp_path):
         compute = choose_compute("cuda", "float32", cuda_graph=graphed)
         network = compute.place(copy.deepcopy(start))
         scenario = _scenario(tmp_path / str(graphed))
-        history, _ = fine_tune(network, few.to(compute.device), compute, scenario, FACTS, **SETTINGS)
+        history, _ = fine_tune(network, few.to(compute.device), compute, scenario, FACTS, SETTINGS)
         losses.append([epoch["train_loss"] for epoch in history])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
