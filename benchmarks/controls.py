@@ -16,7 +16,7 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
-from cleanai.checkpoints import AS_BEFORE, read_record
+from cleanai.checkpoints import read_record
 from cleanai.comparison import METHODS
 from cleanai.compute import choose_compute
 from cleanai.evaluation import evaluate
@@ -28,7 +28,7 @@ from cleanai.training import TrainSettings, train
 
 FOLDER = PROJECT / "results" / "controls"
 SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
-SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed", "flip")  # of TrainSettings
+SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
 
 
 def main() -> None:
@@ -88,8 +88,6 @@ def finished(scenario: Scenario, script: str) -> dict[str, Any]:
     record = read_record(scenario.record)
     if record is None:
         raise UserError(f"No record of {script}: {scenario.record}. Run first: {scenario.command(script)}")
-    for name, value in AS_BEFORE.items():
-        record["config"].setdefault(name, value)
     return record
 
 

@@ -59,7 +59,7 @@ class PlainImages(Dataset):
 
 def main() -> None:
     args = cli.parse(__doc__, dataset="CIFAR10", batch_size=128, lr=0.001, precision="auto")
-    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
+    compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     classes = len(images.classes)
@@ -85,7 +85,6 @@ def main() -> None:
         "environment": describe_environment(compute),
         "dataset": {"name": args.dataset, "source": images.source},
         "batch_size": args.batch_size,
-        "cuda_graph": compute.cuda_graph,
         "matrix_rate_tflop_per_s": rate / 1e12,
         "loops": {
             name: {
@@ -133,10 +132,10 @@ def plain_loop(images, classes, device, args, workers):
     return step
 
 
-def our_loop(images, classes, compute, args, compiled=False):
-    """One step after the other of the loop in `cleanai.training`, of a network as it is or compiled."""
+def our_loop(images, classes, compute, args):
+    """One step after the other of the loop in `cleanai.training`."""
     network = compute.place(resnet18_for_small_images(classes).train())
-    step = TrainingStep(torch.compile(network) if compiled else network, images.train, compute)
+    step = TrainingStep(network, images.train, compute)
     generator = torch.Generator().manual_seed(0)
     count = len(images.train)
 

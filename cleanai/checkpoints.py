@@ -122,12 +122,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-AS_BEFORE = {"flip": "random"}  # settings that earlier versions did not have, and what they did
-
-
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
     for key in {**config, **made_with}:
-        before, now = made_with.get(key, AS_BEFORE.get(key)), config.get(key)
+        before, now = made_with.get(key), config.get(key)
         if before == now:
             continue
         if key == "fine_tuned_model":

@@ -97,10 +97,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
     "weight_decay": {"type": _at_least_zero, "help": "weight decay of Adam; 0 turns it off"},
-    "flip": {
-        "choices": ("random", "alternating"),
-        "help": "training images are mirrored at random, or each in every second epoch; digits never are",
-    },
     "train_samples": {"type": _whole(1), "help": "train on that many images only, chosen evenly over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images only"},
     "ratio": {"type": _share("none"), "help": "share of the parameters to remove; none: however many go"},
@@ -143,10 +139,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 _COMMON: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "auto takes CUDA if it is there"},
-    "cuda_graph": {
-        "action": "store_true",
-        "help": "record the training step once and replay it: a fast GPU no longer waits for Python",
-    },
     "deterministic": {
         "action": "store_true",
         "help": "let a GPU compute the same in every run, more slowly; a CPU does so anyway",
@@ -173,7 +165,7 @@ _ONLY_WITH = {
     "export": "ratio",
     "sweep": "ratios",
     **dict.fromkeys(("device", "data_dir", "fresh"), "precision"),
-    **dict.fromkeys(("cuda_graph", "deterministic"), "lr"),
+    "deterministic": "lr",
 }
 _WITHOUT_SWEEP = ("dataset", "checkpoints_dir", "sweep")  # all that comparing takes; the others are for --sweep
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
@@ -224,8 +216,6 @@ def parse(description: str, **defaults: Any) -> Options:
         if args.ratios != sorted(set(args.ratios)):
             parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} do not rise one after the other")
     processes = distributed.processes()
-    if "lr" in defaults and args.cuda_graph and args.deterministic:
-        parser.error("argument --deterministic: not together with --cuda-graph")
     if "lr" in defaults and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
     if "weights" in defaults and args.epochs == 0 and not isinstance(args.weights, Path):

@@ -21,7 +21,6 @@ _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Compute:
     """A device, the precision networks run in on it, and the reason for that precision.
 
-    With `cuda_graph` a training step is recorded once and replayed, so that a fast GPU does not wait for Python.
     `deterministic` says whether every run computes the same, as a CPU always does.
     `inference_pixels` is how many go through a network at once where that does not change what comes out.
     """
@@ -29,7 +28,6 @@ class Compute:
     device: torch.device
     precision: str
     reason: str
-    cuda_graph: bool = False
     deterministic: bool = False
     inference_pixels: int = 32 * 32**2  # what a hook computes from few still lies in the cache
 
@@ -70,7 +68,7 @@ class Compute:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name()
 
 
-def choose_compute(device: str, precision: str, cuda_graph: bool = False, deterministic: bool = False) -> Compute:
+def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
     """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); meet other processes.
 
     With `deterministic` PyTorch is told, for the whole program, to use a GPU in ways that give the same every time.
@@ -79,8 +77,6 @@ def choose_compute(device: str, precision: str, cuda_graph: bool = False, determ
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA was asked for and PyTorch finds none: use --device cpu, or install PyTorch's CUDA build")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    if cuda_graph and not on_gpu:
-        raise UserError("--cuda-graph needs a CUDA GPU: leave it out")
     if precision == "float16" and not on_gpu:
         raise UserError("float16 is for GPUs: use --precision auto, bfloat16 or float32")
     if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
@@ -98,10 +94,8 @@ def choose_compute(device: str, precision: str, cuda_graph: bool = False, determ
     suited, reason = _suited_precision(chosen)
     if precision != "auto":
         suited, reason = precision, "as asked for"
-    if cuda_graph and (suited == "float16" or distributed.processes() > 1 or not hasattr(torch, "compiler")):
-        raise UserError("--cuda-graph needs PyTorch 2.1, a single process, and another precision than float16")
     distributed.join(chosen)
-    return Compute(chosen, suited, reason, cuda_graph, deterministic or not on_gpu, (1000 if on_gpu else 32) * 32**2)
+    return Compute(chosen, suited, reason, deterministic or not on_gpu, (1000 if on_gpu else 32) * 32**2)
 
 
 def _forbid_chance() -> None:

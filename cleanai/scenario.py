@@ -181,17 +181,12 @@ class SweepScenario(Scenario):
         return self.checkpoints_dir / super().name
 
     @property
-    def picture(self) -> Path:
-        """What the report shows, as PNG."""
-        return self.report.with_suffix(".png")
-
-    @property
     def resume(self) -> Path:
         """The points that an interrupted sweep has measured; removed when it is done."""
         return self.record.with_name(f"{self.name}_resume.json")
 
     def _outputs(self) -> list[Path]:
-        return [self.record, self.report, self.table, self.picture, self.resume]
+        return [self.record, self.report, self.table, self.resume]
 
 
 def _option(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""One training step: alone, recorded as a CUDA graph, or shared by several processes."""
+"""One training step, alone or shared by several processes."""
 from __future__ import annotations
 
 import copy
@@ -13,8 +13,6 @@ from cleanai import distributed
 from cleanai.compute import Compute
 from cleanai.data import ImageSet
 
-_EAGER_STEPS = 3  # before a CUDA graph is recorded: they choose algorithms and take memory
-
 
 class TrainingStep:
     """Adam on one batch after the other; nothing is read from the device, so that it never waits.
@@ -25,29 +23,19 @@ class TrainingStep:
     def __init__(self, network: nn.Module, images: ImageSet, compute: Compute, weight_decay: float = 0.0):
         self._images, self._compute = images, compute
         self._network = _shared(network, compute) if distributed.processes() > 1 else network
-        graphed = compute.cuda_graph
-        self._stream = torch.cuda.Stream(compute.device) if graphed else None
-        self._graph: Any = None
-        self._eager_steps = 0
-        # A recorded step reads its learning rate from the device.
-        lr = torch.zeros((), device=compute.device) if graphed else 0.0
-        fused = compute.device.type == "cuda"
-        self._settings = {"lr": lr, "weight_decay": weight_decay, "fused": fused, "capturable": graphed}
+        self._settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": compute.device.type == "cuda"}
         self._optimizer = torch.optim.Adam(network.parameters(), **self._settings)
         self._scaler = compute.gradient_scaler()
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted training goes on from, beside the network."""
-        optimizer = self._optimizer.state_dict()
-        groups = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
-        return {"optimizer": {**optimizer, "param_groups": groups}, "scaler": self._scaler.state_dict()}
+        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from such a state, which may have been left on another device; ValueError when it does not fit."""
         optimizer = state["optimizer"]
         groups = [{**group, **self._settings} for group in optimizer["param_groups"]]
         self._optimizer.load_state_dict({**optimizer, "param_groups": groups})
-        self._settings["lr"] = self._optimizer.param_groups[0]["lr"]
         for parameter, held in self._optimizer.state.items():
             if not all(value.shape in ((), parameter.shape) for value in held.values()):
                 raise ValueError("the optimizer's state is that of another network")
@@ -56,22 +44,13 @@ class TrainingStep:
     def __call__(self, indices: torch.Tensor, moves: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Learn from the images at `indices` (B,), moved by `moves` (B, 3), at a learning rate.
 
-        Returns the mean loss and the share recognised before the step, of this process's images: tensors that the next
-        step may overwrite.
+        Returns the mean loss and the share recognised before the step, of this process's images.
         """
         for group in self._optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = rate
         share = len(indices) // distributed.processes()
         mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-        if self._stream is None:
-            return self._learn(indices[mine], moves[mine])
-        return self._learn_graphed(indices[mine], moves[mine])
-
-    def _learn(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, labels = self._images.augmented_batch(indices, moves)
+        inputs, labels = self._images.augmented_batch(indices[mine], moves[mine])
         with self._compute.autocast():
             outputs = self._network(inputs)
             loss = F.cross_entropy(outputs, labels)
@@ -81,23 +60,6 @@ class TrainingStep:
         self._scaler.update()
         return loss.detach(), (outputs.argmax(1) == labels).float().mean()
 
-    def _learn_graphed(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._graph is None and self._eager_steps < _EAGER_STEPS:
-            self._eager_steps += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                learned = self._learn(indices, moves)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return learned
-        if self._graph is None:  # recording computes nothing: the first replay is the step itself
-            self._inputs = indices.clone(), moves.clone()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
-                self._learned = self._learn(*self._inputs)
-        for held, new in zip(self._inputs, (indices, moves)):
-            held.copy_(new)
-        self._graph.replay()
-        return self._learned
 
 
 def _shared(network: nn.Module, compute: Compute) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The sweep as text, CSV, PDF and PNG, made from its record alone."""
+"""The sweep as text, CSV and PDF, made from its record alone."""
 from __future__ import annotations
 
 import csv
@@ -7,17 +7,15 @@ import math
 import textwrap
 from typing import Any
 
-from reportlab.graphics import renderPDF
 from reportlab.graphics.charts.lineplots import LinePlot
-from reportlab.graphics.shapes import Drawing, Group, Line, Rect, String
+from reportlab.graphics.shapes import Drawing, Line, String
 from reportlab.graphics.widgets.markers import makeMarker
 from reportlab.lib import colors
 from reportlab.lib.units import mm
-from reportlab.lib.utils import simpleSplit
 from reportlab.pdfbase.pdfmetrics import stringWidth
 from reportlab.platypus import Spacer
 
-from cleanai.charts import BOLD, DARK, FONT, GREY, LIGHT, LINES, WIDTH
+from cleanai.charts import DARK, FONT, GREY, LIGHT, LINES, WIDTH
 from cleanai.checkpoints import read_record
 from cleanai.comparison import METHODS
 from cleanai.layout import build_pdf, pairs, section, table, text
@@ -25,7 +23,6 @@ from cleanai.scenario import Scenario
 from cleanai.tables import MODELS, Record, counted, origin_lines, prepared_with
 
 WITHIN = 1  # points of accuracy that the answer lets go
-DOTS_PER_INCH = 200  # of the PNG
 _WIDTH = 104
 # Told apart without colours, too: by their markers and dashes.
 _STYLES = {
@@ -181,25 +178,6 @@ def pdf_sweep(record: Record) -> bytes:
         *section("What this is made of", pairs(settings)),
     ]
     return build_pdf(record["scenario"], "How far can it be pruned?", story)
-
-
-def png_sweep(record: Record) -> bytes:
-    """The answer and the chart under it, as the bytes of a PNG."""
-    import pypdfium2
-
-    chart, margin, leading = sweep_chart(record), 6 * mm, 12
-    lines = simpleSplit(record["answer"], BOLD, 8.5, chart.width)
-    picture = Drawing(chart.width + 2 * margin, chart.height + 2 * margin + leading * (len(lines) + 1))
-    picture.add(Rect(0, 0, picture.width, picture.height, fillColor=colors.white, strokeColor=None))
-    picture.add(Group(*chart.contents, transform=(1, 0, 0, 1, margin, margin)))
-    for number, line in enumerate(lines, 1):
-        height = picture.height - margin - leading * number + 3
-        picture.add(String(margin, height, line, fontName=BOLD, fontSize=8.5))
-    file = io.BytesIO()
-    page = pypdfium2.PdfDocument(renderPDF.drawToString(picture))[0]
-    image = page.render(scale=DOTS_PER_INCH / 72).to_pil()
-    image.save(file, "PNG", dpi=(DOTS_PER_INCH, DOTS_PER_INCH))
-    return file.getvalue()
 
 
 def sweep_chart(record: Record) -> Drawing:

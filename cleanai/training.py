@@ -35,7 +35,6 @@ class TrainSettings:
     lr: float = 0.001
     weight_decay: float = 0.0
     seed: int = 0
-    flip: str = "random"
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -58,9 +57,7 @@ def fine_tune(
     `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. With 0 epochs the network is
     only measured and saved. `facts` go into the checkpoints; their `config` says which earlier run fits.
 
-    Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption. With
-    flip "alternating" a seed draws which images are mirrored in the first epoch; in the next it is the others, and so
-    on: one that two epochs in a row show, they show from both sides (Jordan 2024, 2404.00498).
+    Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption.
 
     Raises UserError when an earlier run had other settings, or the loss is no longer a number.
     """
@@ -149,7 +146,7 @@ def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute
     batch = torch.arange(min(batch_size, len(images.train)), device=compute.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
     for number in range(6):
-        if number == 4:  # the first steps choose algorithms, take memory, and record what a CUDA graph repeats
+        if number == 4:  # the first steps choose algorithms, and take memory
             compute.synchronize()
             started = time.perf_counter()
         step(batch, moves, rate=1e-6)
@@ -183,9 +180,6 @@ def _train_epoch(
     # All that is random goes to the device at once.
     order = torch.randperm(count, generator=generator).to(compute.device)
     moves = images.train.draw_moves(count, images.mirror, generator)
-    if settings.flip == "alternating" and images.mirror:
-        sides = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(settings.seed * 100_003))
-        moves[:, 2] = (sides.to(compute.device)[order] + epoch) % 2
     # Batches of one size: what is left over, other images in every epoch, waits for the next.
     steps = max(1, count // settings.batch_size)
     total = settings.epochs * steps

@@ -22,7 +22,6 @@ EPOCHS = 20
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
 WEIGHT_DECAY = 0.0  # of Adam
-FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -35,7 +34,6 @@ def main():
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
-        flip=FLIP,
         train_samples=None,
         seed=SEED,
         precision="auto",
@@ -66,7 +64,7 @@ def prepare(args, scenario):
     from cleanai.training import TrainSettings, fine_tune
     from cleanai.weights import begin_with
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
+    compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)
     if args.weights not in ("imagenet", "none"):
         scenario.refuse_own_file(args.weights)
@@ -85,7 +83,7 @@ def prepare(args, scenario):
     before = evaluate(network, images.test, compute)
     print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
 
-    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
+    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed)
     # The last epoch's network is the result, whichever was best on the test images.
     history, after = fine_tune(network, images, compute, scenario, facts, settings)
     end_all_but_first()  # of several processes, as torchrun starts them

@@ -30,7 +30,6 @@ EPOCHS = 30
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
 WEIGHT_DECAY = 0.0  # of Adam
-FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -49,7 +48,6 @@ def main():
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
-        flip=FLIP,
         train_samples=None,
         seed=SEED,
         precision="auto",
@@ -95,7 +93,7 @@ def prune(args, scenario):
     from cleanai.sources import load_images
     from cleanai.training import TrainSettings, fine_tune
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
+    compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
@@ -139,7 +137,7 @@ def prune(args, scenario):
     print(f"After pruning: test accuracy {repair_stages(pruning)}")
 
     tuned = copy.deepcopy(pruned)
-    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
+    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed)
     history, evaluations["fine_tuned"] = fine_tune(tuned, images, compute, scenario, facts, settings)
     end_all_but_first()  # of several processes, as torchrun starts them
 

@@ -4,7 +4,7 @@ Reads the records that scripts 1 to 3 left and measures nothing again; what has 
 that runs it. Prints the answer and one table, and writes a PDF, a CSV and a JSON file.
 
 With --sweep it tells how far one can go: it prunes the network of script 1 at several ratios by both methods, by L2
-magnitude and at random, and draws the accuracies in a PDF and a PNG, with the networks of scripts 2 and 3 marked.
+magnitude and at random, and draws the accuracies in a PDF, with the networks of scripts 2 and 3 marked.
 
     python test_scenarios/TS1_04_compare_methods.py
     python test_scenarios/TS1_04_compare_methods.py --dataset Digits    # after scripts 1 to 3 with Digits
@@ -18,7 +18,7 @@ from cleanai.comparison_tables import comparison_csv, comparison_text
 from cleanai.files import file_digest, remove_file, write_bytes
 from cleanai.locks import only_run
 from cleanai.scenario import Scenario, SweepScenario
-from cleanai.sweep_report import chosen_networks, pdf_sweep, png_sweep, sweep_answer, sweep_csv, sweep_text
+from cleanai.sweep_report import chosen_networks, pdf_sweep, sweep_answer, sweep_csv, sweep_text
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -33,7 +33,6 @@ REPAIR_BATCHES = 8  # of training images, without their labels
 BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
 LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
 WEIGHT_DECAY = 0.0  # of Adam
-FLIP = "random"  # or "alternating": each image mirrored in every second epoch
 SEED = 0
 
 
@@ -48,7 +47,6 @@ def main():
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
-        flip=FLIP,
         train_samples=None,
         test_samples=None,
         seed=SEED,
@@ -81,11 +79,10 @@ def show_sweep(args, scenario):
         record["chosen"] = chosen_networks(scenario, args.config["fine_tuned_model"])
         record["answer"] = sweep_answer(record)
         write_bytes(scenario.report, pdf_sweep(record))
-        write_bytes(scenario.picture, png_sweep(record))
         write_bytes(scenario.table, sweep_csv(record).encode("utf-8"))
         write_record(scenario.record, record)  # last: it marks the sweep as finished
         remove_file(scenario.resume)
-    print(f"\n{sweep_text(record)}\n\nReport: {scenario.report}\nPicture: {scenario.picture}")
+    print(f"\n{sweep_text(record)}\n\nReport: {scenario.report}")
     print(f"Table: {scenario.table}\nRecord: {scenario.record}")
 
 
@@ -99,7 +96,7 @@ def sweep(args, scenario):
     from cleanai.sweep import measure_network, measure_sweep
     from cleanai.training import TrainSettings, train
 
-    compute = choose_compute(args.device, args.precision, args.cuda_graph, args.deterministic)
+    compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned, model=MODEL, dataset=args.dataset)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
@@ -113,7 +110,7 @@ def sweep(args, scenario):
         scenario.remove_outputs()
 
     def fine_tune(network):
-        settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed, args.flip)
+        settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed)
         train(network, images, compute, settings)
 
     config = checkpoint_facts(scenario, images, compute, args.config)["config"]

@@ -39,9 +39,6 @@ def test_a_record_survives_and_refuses_like_a_checkpoint(tmp_path):
     assert find_record(path, {"lr": 0.1})["x"] == "ğ"
     with pytest.raises(UserError, match=r"--lr 0\.1"):
         find_record(path, {"lr": 0.2})
-    assert find_record(path, {"lr": 0.1, "flip": "random"})["x"] == "ğ", "earlier versions knew no other"
-    with pytest.raises(UserError, match="made with --flip random, and this run is with --flip alternating"):
-        find_record(path, {"lr": 0.1, "flip": "alternating"})
     path.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="is damaged"):
         find_record(path, {"lr": 0.1})

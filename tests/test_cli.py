@@ -15,7 +15,7 @@ def test_help_explains_every_option_with_its_default(script):
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     shared = ["--dataset", "--epochs", "--batch-size", "--lr", "--train-samples", "--seed", "--device", "--precision"]
-    shared += ["--cuda-graph", "--deterministic"]
+    shared += ["--deterministic", "--weight-decay"]
     own = ["--weights", "--models-dir"] if script == SCRIPTS[0] else ["--ratio", "--macs-ratio", "--steps"]
     own += [] if script == SCRIPTS[0] else ["--calibration-batches", "--round-to", "--repair", "--repair-batches"]
     own += [] if script == SCRIPTS[0] else ["--export"]
@@ -46,7 +46,6 @@ def test_help_explains_every_option_with_its_default(script):
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
-        (1, ["--deterministic", "--cuda-graph"], "--deterministic: not together with --cuda-graph"),
         (0, ["--dataset", "C:\\images"], "--dataset: C:\\images is not a name of letters, digits, _ and -"),
         (1, ["--dataset", "../CIFAR10"], "--dataset: ../CIFAR10 is not a name"),
     ],

@@ -17,7 +17,6 @@ CONFIG = {
     "epochs": 1,
     "batch_size": 64,
     "lr": 0.001,
-    "flip": "random",
     "weight_decay": 0.0,
     "train_samples": 512,
     "seed": 0,

@@ -1,10 +1,8 @@
 """The tables in the READMEs are those of the committed records."""
 import json
 
-import compiled_step
 import controls
 import criteria
-import flips
 import latency
 import pytest
 import rows
@@ -39,7 +37,7 @@ def test_a_readme_shows_what_was_measured(path, readme):
 @pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
 @pytest.mark.parametrize("path", SPEEDS, ids=lambda path: path.stem)
 def test_a_readme_shows_how_fast_it_is(path, readme):
-    benchmarks = {"training": training_speed, "latency": latency, "compiled": compiled_step}
+    benchmarks = {"training": training_speed, "latency": latency}
     benchmark = benchmarks[path.stem.split("_")[0]]
     table = benchmark.table(json.loads(path.read_text(encoding="utf-8")))
     assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1
@@ -67,10 +65,3 @@ def test_a_readme_shows_what_the_controls_are(readme):
         (record,) = [record for record in RECORDS if record.stem == path.stem.replace("TS1", f"TS1_{method}")]
         final = json.loads(record.read_text(encoding="utf-8"))["checkpoints"]
         assert {row[f"{method}_sha256"] for row in measured} <= set(final.values())
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
-def test_a_readme_shows_how_flips_compare(readme):
-    (path,) = flips.FOLDER.glob("*.csv")
-    table = flips.table(rows.read_rows(path))
-    assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1

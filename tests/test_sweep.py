@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from pypdf import PdfReader
 
 from cleanai import UserError
@@ -14,7 +13,7 @@ from cleanai.files import file_digest
 from cleanai.measure import count_macs, count_parameters
 from cleanai.scenario import PROJECT, Scenario, SweepScenario
 from cleanai.sweep import CRITERIA, measure_sweep
-from cleanai.sweep_report import chosen_networks, pdf_sweep, png_sweep, sweep_answer, sweep_chart, sweep_csv, sweep_text
+from cleanai.sweep_report import chosen_networks, pdf_sweep, sweep_answer, sweep_chart, sweep_csv, sweep_text
 from tests.scripts import fails, prepare, run, start
 
 SCRIPT = "TS1_04_compare_methods.py"
@@ -217,18 +216,6 @@ def test_table_csv_and_pdf_hold_every_point(record, chosen):
     assert float(lines[10]["accuracy_percent"]) == record["points"][9]["accuracy_percent"]
 
 
-def test_the_png_is_the_picture_in_print_size(record, chosen):
-    bare = Image.open(io.BytesIO(png_sweep(record)))
-    record["chosen"] = chosen
-    picture = Image.open(io.BytesIO(png_sweep(record)))
-    assert picture.format == "PNG" and picture.size == bare.size
-    assert picture.width == pytest.approx(sweep_chart(record).width / 72 * 200, rel=0.1)
-    assert picture.info["dpi"][0] == pytest.approx(200, abs=1)
-    colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
-    assert {(255, 255, 255), (29, 78, 121), (240, 160, 48), (58, 154, 91)} <= colours
-    assert picture.tobytes() != bare.tobytes()
-
-
 def test_what_cannot_be_swept_is_one_line(tmp_path):
     fails(run(SCRIPT, "--sweep", "--dataset", "Digits", "--checkpoints-dir", tmp_path), "TS1_01_prepare_model.py")
     fails(run(SCRIPT, "--sweep", "--ratios", "0.5", "1.5"), "--ratios", "1.5 is not a number between 0 and 1")
@@ -262,8 +249,8 @@ def test_a_killed_sweep_goes_on_and_a_finished_one_is_shown(tmp_path):
     assert names == [f"TS1_Comparison_ResNet18_Digits_sweep.{suffix}" for suffix in ("csv", "json", "pdf", "png")]
     assert sweep_text(record) in finished.stdout
 
-    files.picture.unlink()
+    files.report.unlink()
     again = run(SCRIPT, *options)
     assert "Already finished" in again.stdout and sweep_text(record) in again.stdout
-    assert files.picture.exists() and json.loads(files.record.read_text(encoding="utf-8")) == record
+    assert files.report.exists() and json.loads(files.record.read_text(encoding="utf-8")) == record
     fails(run(SCRIPT, *options, "--seed", "1"), "--seed 0", "--fresh")

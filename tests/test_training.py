@@ -6,8 +6,6 @@ import torch
 
 from cleanai import UserError
 from cleanai.checkpoints import load_checkpoint
-from cleanai.compute import choose_compute
-from cleanai.data import Images, ImageSet
 from cleanai.evaluation import evaluate
 from cleanai.models import load_network, resnet18_for_small_images
 from cleanai.scenario import Scenario
@@ -62,38 +60,6 @@ def test_training_without_files_is_the_same_training(start, few, compute, tmp_pa
     fine_tune(start, few, compute, _scenario(tmp_path), FACTS, settings)
     train(other, few, compute, settings)
     torch.testing.assert_close(dict(other.state_dict()), dict(start.state_dict()))
-
-
-class _Onlooker(torch.nn.Module):
-    """Notes of each image the brightness that tells which it is, and whether its right half is the brighter one."""
-
-    def __init__(self):
-        super().__init__()
-        self.outputs, self.seen = torch.nn.Parameter(torch.zeros(2)), []
-
-    def forward(self, inputs):
-        brightness, side = inputs.flatten(1).max(1).values, inputs.mean((1, 2)).flatten(1)
-        mirrored = side[:, side.shape[1] // 2 :].mean(1) > side[:, : side.shape[1] // 2].mean(1)
-        self.seen += zip(brightness.tolist(), mirrored.tolist())
-        return self.outputs.expand(len(inputs), 2)
-
-
-@pytest.mark.parametrize(("flip", "mirror"), [("random", True), ("alternating", True), ("alternating", False)])
-def test_alternating_flips_show_each_image_from_both_sides_in_any_two_epochs(flip, mirror, compute):
-    pixels = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
-    pixels[..., :8] = torch.arange(100, 228, 2)[:, None, None, None]  # bright to the left, each image otherwise
-    train_images = ImageSet(pixels, torch.arange(64) % 2, torch.zeros(3), torch.ones(3))
-    images = Images(train_images, train_images, ["even", "odd"], mirror, "made up")
-    network = _Onlooker()
-    train(network, images, compute, TrainSettings(epochs=4, batch_size=16, flip=flip))
-    epochs = [dict(network.seen[start : start + 64]) for start in range(0, 256, 64)]
-    assert all(len(epoch) == 64 for epoch in epochs)
-    changed = [[earlier[image] != later[image] for image in earlier] for earlier, later in zip(epochs, epochs[1:])]
-    if mirror:
-        assert 10 < sum(epochs[0].values()) < 54, "the first sides are random"
-        assert all(all(images) if flip == "alternating" else 10 < sum(images) < 54 for images in changed)
-    else:
-        assert not any(any(epoch.values()) for epoch in epochs)
 
 
 def test_weight_decay_is_that_of_adam(start, few, compute):
@@ -223,15 +189,3 @@ def test_float16_learns_with_scaled_gradients(start, few, compute):
     losses = [step(torch.arange(4), unmoved, rate=0.001)[0].item() for _ in range(10)]
     assert losses[-1] < losses[0]  # the first steps only find a scale at which nothing overflows
     assert step.state_dict()["scaler"]["scale"] > 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_recorded_step_learns_what_an_eager_one_does(start, few, tmp_path):
-    losses = []
-    for graphed in (False, True):
-        compute = choose_compute("cuda", "float32", cuda_graph=graphed)
-        network = compute.place(copy.deepcopy(start))
-        scenario = _scenario(tmp_path / str(graphed))
-        history, _ = fine_tune(network, few.to(compute.device), compute, scenario, FACTS, SETTINGS)
-        losses.append([epoch["train_loss"] for epoch in history])
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
