@@ -16,15 +16,15 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
-from cleanai.checkpoints import read_record
-from cleanai.comparison import METHODS
-from cleanai.compute import choose_compute
-from cleanai.evaluation import evaluate
-from cleanai.files import file_digest
-from cleanai.models import load_network
-from cleanai.scenario import PROJECT, Scenario
-from cleanai.sources import load_images
-from cleanai.training import TrainSettings, train
+from cleanai.data.sources import load_images
+from cleanai.network.evaluation import evaluate
+from cleanai.network.models import load_network
+from cleanai.network.training import TrainSettings, train
+from cleanai.report.comparison import METHODS
+from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.files import file_digest
+from cleanai.runtime.scenario import PROJECT, Scenario
 
 FOLDER = PROJECT / "results" / "controls"
 SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}

@@ -23,17 +23,17 @@ from reportlab.lib import colors
 from rows import known_rows, write_rows
 
 from cleanai import cli
-from cleanai.charts import DARK, GREY, LIGHT
-from cleanai.checkpoints import load_checkpoint
-from cleanai.compute import choose_compute
-from cleanai.evaluation import evaluate
-from cleanai.files import write_bytes
-from cleanai.importance import NeuronCoverageImportance, WandaImportance
-from cleanai.models import network_from
-from cleanai.pruning import prune_to_budget
-from cleanai.repair import recalibrate
-from cleanai.scenario import PROJECT, Scenario
-from cleanai.sources import load_images
+from cleanai.data.sources import load_images
+from cleanai.network.evaluation import evaluate
+from cleanai.network.models import network_from
+from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.repair import recalibrate
+from cleanai.report.charts import DARK, GREY, LIGHT
+from cleanai.runtime.checkpoints import load_checkpoint
+from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.files import write_bytes
+from cleanai.runtime.scenario import PROJECT, Scenario
 
 FOLDER = PROJECT / "results" / "criteria"
 RATIO, STEPS = 0.7, 7  # a tenth per step

@@ -13,15 +13,15 @@ import copy
 import torch
 
 from cleanai import cli
-from cleanai.checkpoints import load_checkpoint, write_record
-from cleanai.compute import choose_compute
-from cleanai.importance import WandaImportance
-from cleanai.latency import time_networks
-from cleanai.models import network_from
-from cleanai.pruning import prune_to_budget
-from cleanai.records import describe_environment
-from cleanai.scenario import PROJECT, Scenario
-from cleanai.sources import load_images
+from cleanai.data.sources import load_images
+from cleanai.measure.latency import time_networks
+from cleanai.measure.provenance import describe_environment
+from cleanai.network.models import network_from
+from cleanai.pruning.criteria import WandaImportance
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.runtime.checkpoints import load_checkpoint, write_record
+from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.scenario import PROJECT, Scenario
 
 RATIO = 0.2
 MULTIPLES = (1, 8, 16, 32)

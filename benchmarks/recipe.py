@@ -16,18 +16,18 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import cli
-from cleanai.compute import Compute, choose_compute
-from cleanai.data import Images, balanced_order
-from cleanai.evaluation import evaluate
-from cleanai.importance import WandaImportance
-from cleanai.models import build
-from cleanai.pruning import prune_to_budget
-from cleanai.records import checkpoint_facts
-from cleanai.repair import recalibrate
-from cleanai.scenario import PROJECT, Scenario
-from cleanai.sources import load_images
-from cleanai.training import TrainSettings, fine_tune
-from cleanai.weights import begin_with
+from cleanai.data.images import Images, balanced_order
+from cleanai.data.sources import load_images
+from cleanai.measure.provenance import checkpoint_facts
+from cleanai.network.evaluation import evaluate
+from cleanai.network.models import build
+from cleanai.network.training import TrainSettings, fine_tune
+from cleanai.network.weights import begin_with
+from cleanai.pruning.criteria import WandaImportance
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.repair import recalibrate
+from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.runtime.scenario import PROJECT, Scenario
 
 FOLDER = PROJECT / "results" / "recipe"
 WEIGHT_DECAYS = (5e-4, 0.0, 1e-4, 1e-3)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from cleanai import UserError
-from cleanai.files import write_bytes
+from cleanai.runtime.files import write_bytes
 
 
 def known_rows(path: Path, facts: dict[str, str], fresh: bool) -> list[dict[str, str]]:

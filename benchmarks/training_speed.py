@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from cleanai import cli
-from cleanai.checkpoints import write_record
-from cleanai.compute import choose_compute
-from cleanai.measure import count_macs
-from cleanai.models import resnet18_for_small_images
-from cleanai.progress import progress
-from cleanai.records import describe_environment
-from cleanai.scenario import PROJECT
-from cleanai.sources import load_images
-from cleanai.steps import TrainingStep
+from cleanai.data.sources import load_images
+from cleanai.measure.costs import count_macs
+from cleanai.measure.provenance import describe_environment
+from cleanai.network.models import resnet18_for_small_images
+from cleanai.network.training_step import TrainingStep
+from cleanai.runtime.checkpoints import write_record
+from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.progress import progress
+from cleanai.runtime.scenario import PROJECT
 
 TURNS = 5
 SECONDS_PER_TURN = 10
@@ -133,7 +133,7 @@ def plain_loop(images, classes, device, args, workers):
 
 
 def our_loop(images, classes, compute, args):
-    """One step after the other of the loop in `cleanai.training`."""
+    """One step after the other of the loop in `cleanai.network.training`."""
     network = compute.place(resnet18_for_small_images(classes).train())
     step = TrainingStep(network, images.train, compute)
     generator = torch.Generator().manual_seed(0)

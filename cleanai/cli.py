@@ -16,9 +16,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Callable, NoReturn
 
-from cleanai import UserError, distributed
-from cleanai.files import file_digest
-from cleanai.scenario import CHECKPOINTS_DIR, PROJECT
+from cleanai import UserError
+from cleanai.runtime import distributed
+from cleanai.runtime.files import file_digest
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT
 
 
 class _Parser(argparse.ArgumentParser):

@@ -9,13 +9,13 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError
-from cleanai.compute import Compute
-from cleanai.data import ImageSet
-from cleanai.evaluation import evaluate
-from cleanai.importance import NeuronCoverageImportance, WandaImportance
-from cleanai.measure import count_macs, count_parameters
-from cleanai.progress import one_bar, say
-from cleanai.pruning import BudgetMissed, prune_to_budget
+from cleanai.data.images import ImageSet
+from cleanai.measure.costs import count_macs, count_parameters
+from cleanai.network.evaluation import evaluate
+from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
+from cleanai.pruning.pruner import BudgetMissed, prune_to_budget
+from cleanai.runtime.compute import Compute
+from cleanai.runtime.progress import one_bar, say
 
 # The two methods, and two that no calibration image has a part in.
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {

@@ -9,10 +9,10 @@ FILE it starts from your own weights; with --epochs 0 as well it takes a trained
     python test_scenarios/TS1_01_prepare_model.py --weights my_resnet18.pth --epochs 0
 """
 from cleanai import cli
-from cleanai.checkpoints import find_checkpoint, find_record, write_record
-from cleanai.locks import only_run
-from cleanai.scenario import Scenario
-from cleanai.tables import origin_lines, preparation_table
+from cleanai.report.run_text import origin_lines, preparation_table
+from cleanai.runtime.checkpoints import find_checkpoint, find_record, write_record
+from cleanai.runtime.lock import only_run
+from cleanai.runtime.scenario import Scenario
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -54,15 +54,15 @@ def prepare(args, scenario):
     # PyTorch takes seconds to import: only when there is work to do.
     import torch
 
-    from cleanai.compute import choose_compute
-    from cleanai.distributed import end_all_but_first
-    from cleanai.evaluation import evaluate
-    from cleanai.measure import count_parameters
-    from cleanai.models import build, save_network
-    from cleanai.records import checkpoint_facts, describe_run
-    from cleanai.sources import load_images
-    from cleanai.training import TrainSettings, fine_tune
-    from cleanai.weights import begin_with
+    from cleanai.data.sources import load_images
+    from cleanai.measure.costs import count_parameters
+    from cleanai.measure.provenance import checkpoint_facts, describe_run
+    from cleanai.network.evaluation import evaluate
+    from cleanai.network.models import build, save_network
+    from cleanai.network.training import TrainSettings, fine_tune
+    from cleanai.network.weights import begin_with
+    from cleanai.runtime.compute import choose_compute
+    from cleanai.runtime.distributed import end_all_but_first
 
     compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)

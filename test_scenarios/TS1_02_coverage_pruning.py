@@ -7,12 +7,12 @@ of it in five steps over all layers, fine-tunes it, and compares the three netwo
     python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 from cleanai import cli
-from cleanai.checkpoints import find_checkpoint, find_record, load_checkpoint
-from cleanai.files import file_digest
-from cleanai.locks import only_run
-from cleanai.report import write_report, write_results
-from cleanai.scenario import Scenario
-from cleanai.tables import comparison_table, exported_as, origin_lines, repair_stages
+from cleanai.report.run_pdf import write_report, write_results
+from cleanai.report.run_text import comparison_table, exported_as, origin_lines, repair_stages
+from cleanai.runtime.checkpoints import find_checkpoint, find_record, load_checkpoint
+from cleanai.runtime.files import file_digest
+from cleanai.runtime.lock import only_run
+from cleanai.runtime.scenario import Scenario
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -67,7 +67,7 @@ def main():
             record = prune(args, scenario)
             write_results(scenario, record)
     if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
-        from cleanai.export import export_scenario
+        from cleanai.measure.onnx_export import export_scenario
 
         with only_run(scenario):
             record["export"] = export_scenario(scenario, args.data_dir)
@@ -81,18 +81,18 @@ def prune(args, scenario):
     # PyTorch takes seconds to import: only when there is work to do.
     import copy
 
-    from cleanai.compute import choose_compute
-    from cleanai.details import measure_details
-    from cleanai.distributed import end_all_but_first
-    from cleanai.evaluation import Evaluation, evaluate
-    from cleanai.importance import NeuronCoverageImportance
-    from cleanai.measure import compare
-    from cleanai.models import network_from, save_network
-    from cleanai.pruning import prune_to_budget
-    from cleanai.records import checkpoint_facts, describe_run, find_warnings
-    from cleanai.repair import repair_accuracies
-    from cleanai.sources import load_images
-    from cleanai.training import TrainSettings, fine_tune
+    from cleanai.data.sources import load_images
+    from cleanai.measure.costs import compare
+    from cleanai.measure.provenance import checkpoint_facts, describe_run, find_warnings
+    from cleanai.measure.results import measure_details
+    from cleanai.network.evaluation import Evaluation, evaluate
+    from cleanai.network.models import network_from, save_network
+    from cleanai.network.training import TrainSettings, fine_tune
+    from cleanai.pruning.criteria import NeuronCoverageImportance
+    from cleanai.pruning.pruner import prune_to_budget
+    from cleanai.pruning.repair import repair_accuracies
+    from cleanai.runtime.compute import choose_compute
+    from cleanai.runtime.distributed import end_all_but_first
 
     compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)

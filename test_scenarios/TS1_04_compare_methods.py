@@ -11,14 +11,14 @@ magnitude and at random, and draws the accuracies in a PDF, with the networks of
     python test_scenarios/TS1_04_compare_methods.py --sweep             # after script 1
 """
 from cleanai import cli
-from cleanai.checkpoints import find_record, load_checkpoint, write_record
-from cleanai.comparison import compare_methods
-from cleanai.comparison_report import pdf_comparison
-from cleanai.comparison_tables import comparison_csv, comparison_text
-from cleanai.files import file_digest, remove_file, write_bytes
-from cleanai.locks import only_run
-from cleanai.scenario import Scenario, SweepScenario
-from cleanai.sweep_report import chosen_networks, pdf_sweep, sweep_answer, sweep_csv, sweep_text
+from cleanai.report.comparison import compare_methods
+from cleanai.report.comparison_pdf import pdf_comparison
+from cleanai.report.comparison_text import comparison_csv, comparison_text
+from cleanai.report.sweep_pdf import chosen_networks, pdf_sweep, sweep_answer, sweep_csv, sweep_text
+from cleanai.runtime.checkpoints import find_record, load_checkpoint, write_record
+from cleanai.runtime.files import file_digest, remove_file, write_bytes
+from cleanai.runtime.lock import only_run
+from cleanai.runtime.scenario import Scenario, SweepScenario
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
@@ -88,13 +88,13 @@ def show_sweep(args, scenario):
 
 def sweep(args, scenario):
     # PyTorch takes seconds to import: only when there is work to do.
-    from cleanai.compute import choose_compute
-    from cleanai.distributed import end_all_but_first
-    from cleanai.models import network_from
-    from cleanai.records import checkpoint_facts, describe_run
-    from cleanai.sources import load_images
+    from cleanai.data.sources import load_images
+    from cleanai.measure.provenance import checkpoint_facts, describe_run
+    from cleanai.network.models import network_from
+    from cleanai.network.training import TrainSettings, train
+    from cleanai.runtime.compute import choose_compute
+    from cleanai.runtime.distributed import end_all_but_first
     from cleanai.sweep import measure_network, measure_sweep
-    from cleanai.training import TrainSettings, train
 
     compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cleanai.compute import Compute, choose_compute
-from cleanai.data import Images
-from cleanai.models import resnet18_for_small_images
-from cleanai.scenario import PROJECT, Scenario
-from cleanai.sources import load_images
+from cleanai.data.images import Images
+from cleanai.data.sources import load_images
+from cleanai.network.models import resnet18_for_small_images
+from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.runtime.scenario import PROJECT, Scenario
 from tests.scripts import SCRIPTS, prepare, prune
 
 REAL_IMAGES = PROJECT / "downloaded_datasets" / "CIFAR10"
@@ -34,7 +34,7 @@ def digits(tmp_path_factory) -> Images:
 @pytest.fixture(scope="session")
 def _trained(digits, compute, tmp_path_factory):
     """A ResNet-18 whose channels and batch norms have seen images, so that they differ as in a real network."""
-    from cleanai.training import TrainSettings, fine_tune
+    from cleanai.network.training import TrainSettings, fine_tune
 
     torch.manual_seed(0)
     network = resnet18_for_small_images(10)

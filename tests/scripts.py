@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from cleanai.scenario import PROJECT
+from cleanai.runtime.scenario import PROJECT
 
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
 SMALL = ["--train-samples", "64", "--batch-size", "16"]

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-from cleanai import locks
+from cleanai.runtime import lock as locks
 
 
 def _locking(descriptor, mode, count):
@@ -23,7 +23,7 @@ _MSVCRT = SimpleNamespace(LK_NBLCK=2, locking=_locking)
 
 
 def windows_locks():
-    """The module cleanai.locks as Windows would load it."""
+    """The module cleanai.runtime.lock as Windows would load it."""
     spec = importlib.util.spec_from_file_location("locks_of_windows", locks.__file__)
     module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, msvcrt=_MSVCRT), mock.patch.object(os, "name", "nt"):

@@ -1,0 +1,129 @@
+"""How long networks take: one image, and batches, in turns so that a drifting machine touches all alike."""
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+import time
+from typing import Any, Callable
+
+import torch
+from torch import nn
+
+from cleanai.data.images import ImageSet
+from cleanai.runtime.compute import Compute
+from cleanai.runtime.progress import progress
+
+LATENCY_TURNS = 30
+LATENCY_CALLS = 10  # per turn
+THROUGHPUT_TURNS = 12
+THROUGHPUT_BATCH = 128
+MOST_WARM_UP_TURNS = 10
+STABLE = 0.05  # a turn takes as long as the one before, give or take this share
+
+
+def time_networks(
+    networks: dict[str, nn.Module],
+    images: ImageSet,
+    compute: Compute,
+    dtype: torch.dtype = torch.float32,
+    cuda_graphs: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Latency of one image and throughput of batches of 128, in evaluation and inference mode, per network.
+
+    The networks' weights are of `dtype`, and so is what they get. `latency_ms` holds the mean, the percentiles p50, p90
+    and p99, and n, the number of timed calls; `latency_quantiles_ms` the percentiles p2, p4, ... p98, to draw them;
+    `throughput_images_per_s` is images over seconds. With `cuda_graphs` `latency_cuda_graph_ms` is as `latency_ms`,
+    without Python between the layers.
+    """
+    single = next(images.batches(1))[0].to(dtype)
+    batch = next(images.select(torch.arange(THROUGHPUT_BATCH) % len(images)).batches(THROUGHPUT_BATCH))[0].to(dtype)
+    networks = {name: network.eval() for name, network in networks.items()}
+
+    def calls(inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
+        return {name: lambda network=network: network(inputs) for name, network in networks.items()}
+
+    with torch.inference_mode():
+        singles = time_in_turns(calls(single), LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images")
+        batches = time_in_turns(calls(batch), THROUGHPUT_TURNS, 1, compute, "Timing batches")
+        timed = {
+            name: {
+                "latency_ms": distribution_ms(singles[name]),
+                "latency_quantiles_ms": _quantiles_ms(singles[name]),
+                "throughput_images_per_s": THROUGHPUT_BATCH / statistics.mean(batches[name]),
+            }
+            for name in networks
+        }
+        if cuda_graphs:
+            replays = {name: _recorded(network, single) for name, network in networks.items()}
+            graphs = time_in_turns(replays, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing CUDA graphs")
+            for name in networks:
+                timed[name]["latency_cuda_graph_ms"] = distribution_ms(graphs[name])
+    return timed
+
+
+def time_in_turns(
+    calls: dict[str, Callable[[], Any]], turns: int, calls_per_turn: int, compute: Compute, title: str
+) -> dict[str, list[float]]:
+    """Seconds of each single call, by name, after a warm-up that lasts until turns take equally long.
+
+    In each turn everything is called, and each turn begins with the next of them: who comes first after whom makes a
+    difference of some percent. Those two thirds of the turns are kept that were shortest all together: what else the
+    machine did in the others says nothing of the networks, and no network is favoured.
+    """
+    order = collections.deque(calls)
+
+    def turn() -> dict[str, list[float]]:
+        order.rotate(-1)
+        return {name: [_seconds(calls[name], compute) for _ in range(calls_per_turn)] for name in order}
+
+    def total(seconds: dict[str, list[float]]) -> float:
+        return sum(map(sum, seconds.values()))
+
+    before = math.inf
+    for _ in range(MOST_WARM_UP_TURNS):
+        now = total(turn())
+        if abs(now - before) < STABLE * now:
+            break
+        before = now
+    measured = sorted((turn() for _ in progress(range(turns), title, "turn")), key=total)[: turns * 2 // 3]
+    return {name: [seconds for each in measured for seconds in each[name]] for name in calls}
+
+
+def distribution_ms(seconds: list[float]) -> dict[str, float]:
+    """Mean, percentiles and number of these times, in milliseconds."""
+    values = [1000 * value for value in seconds]
+    percentiles = statistics.quantiles(values, n=100, method="inclusive")
+    return {
+        "mean": statistics.mean(values),
+        "p50": percentiles[49],
+        "p90": percentiles[89],
+        "p99": percentiles[98],
+        "n": len(values),
+    }
+
+
+def _quantiles_ms(seconds: list[float]) -> list[float]:
+    return [round(1000 * value, 4) for value in statistics.quantiles(seconds, n=50, method="inclusive")]
+
+
+def _seconds(call: Callable[[], Any], compute: Compute) -> float:
+    compute.synchronize()
+    started = time.perf_counter()
+    call()
+    compute.synchronize()
+    return time.perf_counter() - started
+
+
+def _recorded(network: nn.Module, inputs: torch.Tensor) -> Callable[[], None]:
+    """The network's work on these inputs as a CUDA graph, to be replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # algorithms are chosen and memory is taken before the recording
+            network(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        network(inputs)
+    return graph.replay

@@ -1,0 +1,147 @@
+"""Networks: ResNet-18 adapted to small images, torchvision's others, and pruned networks rebuilt from their weights."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import ResNet, resnet18
+
+from cleanai import UserError
+from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
+from cleanai.runtime.distributed import first_before_others
+from cleanai.runtime.download import FAILURES, download
+from cleanai.runtime.files import file_digest, one_line, remove_leftovers
+
+
+def build(model: str, classes: int) -> nn.Module:
+    """The network that a scenario calls `model`, with `classes` outputs and random weights.
+
+    "ResNet18" is `resnet18_for_small_images`; any other is torchvision's classification network of that name, as it is;
+    capitals do not count, nor underscores but between digits: "MobileNetV2" is mobilenet_v2.
+    Raises UserError when there is no such network.
+    """
+    name = _torchvision_name(model)
+    if name == "resnet18":
+        return resnet18_for_small_images(classes)
+    without_extra_outputs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
+
+
+def imagenet_url(model: str) -> str:
+    """Where torchvision's ImageNet weights of the network that a scenario calls `model` are."""
+    return torchvision.models.get_model_weights(_torchvision_name(model)).DEFAULT.url
+
+
+def _torchvision_name(model: str) -> str:
+    # regnet_y_1_6gf and regnet_y_16gf are not the same: underscores between digits stay.
+    names = {_short(name): name for name in torchvision.models.list_models(module=torchvision.models)}
+    try:
+        return names[_short(model)]
+    except KeyError as error:
+        raise UserError(
+            f"There is no network called {model}: MODEL in the script is ResNet18, or another of torchvision's, "
+            "such as MobileNetV2"
+        ) from error
+
+
+def _short(name: str) -> str:
+    return re.sub(r"(?<!\d)_|_(?!\d)", "", name.lower())
+
+
+def resnet18_for_small_images(classes: int) -> ResNet:
+    """ResNet-18 with a 3x3 stem of stride 1, no max-pool, and `classes` outputs (11,173,962 parameters for 10)."""
+    network = resnet18(weights=None)
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    network.maxpool = nn.Identity()
+    network.fc = nn.Linear(network.fc.in_features, classes)
+    return network
+
+
+@first_before_others()
+def download_imagenet_weights(models_dir: Path, url: str) -> Path:
+    """The file of ImageNet weights from `url` in `models_dir`, downloaded when missing, its checksum verified.
+
+    Raises UserError when it cannot be downloaded, or when the file there is not the published one.
+    """
+    path = models_dir / url.rsplit("/", 1)[-1]
+    checksum = path.stem.rsplit("-", 1)[-1]  # the name ends in the first digits of the SHA-256
+    remove_leftovers(path)
+    if not path.exists():
+        try:
+            download(url, path, "sha256", checksum)
+        except FAILURES as error:
+            raise UserError(
+                f"The ImageNet weights could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
+                "or start from random weights with --weights none"
+            ) from error
+    elif not file_digest(path).startswith(checksum):
+        raise UserError(f"{path} is not the published file (its SHA-256 differs): delete it and run again")
+    return path
+
+
+def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
+    """Write a checkpoint: the network's weights, and `facts` (model, dataset, classes, config, ...) beside them.
+
+    Weights too small to be normal numbers are set to zero first, in the network too, so that what is measured is what
+    was saved: they slow a CPU down tenfold and change nothing.
+    """
+    state = network.state_dict()
+    with torch.no_grad():
+        for tensor in state.values():
+            if tensor.is_floating_point():
+                tensor.masked_fill_(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0)
+    save_checkpoint(path, {**facts, "state_dict": {name: tensor.cpu() for name, tensor in state.items()}})
+
+
+def load_network(path: Path) -> nn.Module:
+    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU; UserError when it cannot be read."""
+    return network_from(load_checkpoint(path), path)
+
+
+def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    """The network in a checkpoint that was read from `path` already; UserError when its weights do not fit."""
+    model, classes = checkpoint["model"], len(checkpoint["classes"])
+    network = build(model, classes).eval()
+    try:
+        give_shapes(network, checkpoint["state_dict"])
+        network.load_state_dict(checkpoint["state_dict"])
+        with torch.inference_mode():  # layers whose shapes do not fit each other are found by using them
+            if network(torch.zeros(1, 3, 64, 64)).shape != (1, classes):
+                raise ValueError("the classifier has another number of outputs")
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not hold a {model} of {classes} classes: delete it, or start over with --fresh"
+        ) from error
+    return network
+
+
+def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Give every layer of an unpruned network the shape its tensors have in `state`.
+
+    Raises KeyError when `state` lacks a tensor of the network.
+    """
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        for key, tensor in module.named_parameters(recurse=False):
+            like = torch.empty_like(state[prefix + key])  # its order in memory, too
+            module.register_parameter(key, nn.Parameter(like, requires_grad=tensor.requires_grad))
+        for key, _ in module.named_buffers(recurse=False):
+            module.register_buffer(key, torch.empty_like(state[prefix + key]))
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            if module.groups == module.in_channels:  # depthwise: one group per channel, however many are left
+                module.groups = module.weight.shape[0]
+            widths = module.weight.shape[0], module.weight.shape[1] * module.groups
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            module.in_channels, module.out_channels = widths if transposed else widths[::-1]
+        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            sized = module.weight if module.running_mean is None else module.running_mean
+            module.num_features = module.num_features if sized is None else len(sized)
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = len(module.weight)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape

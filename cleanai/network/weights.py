@@ -1,0 +1,130 @@
+"""Weights that a network begins with: read from a file, fitted to it, and refused in one line when they do not fit."""
+from __future__ import annotations
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cleanai import UserError
+from cleanai.network.models import download_imagenet_weights, imagenet_url
+from cleanai.runtime.archives import verified_size
+from cleanai.runtime.files import one_line
+
+_WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
+_PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+_TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of GoogLeNet and Inception, which are not built
+
+
+def begin_with(
+    network: nn.Module, model: str, weights: str | Path, models_dir: Path, trained: bool = False
+) -> nn.Module:
+    """Give a network the weights it begins with, in place, and print which; return it.
+
+    `weights` is "imagenet" (torchvision's published file, downloaded into `models_dir` when missing), "none" (random
+    weights stay), or a file for `load_weights`. Raises UserError as that and `download_imagenet_weights` do, and when
+    the network is to be `trained` already and the file has no classifier for it.
+    """
+    if weights == "none":
+        return network
+    published = weights == "imagenet"
+    path = download_imagenet_weights(models_dir, imagenet_url(model)) if published else Path(weights)
+    if load_weights(network, path, model):
+        print(f"Weights: {path}")
+    elif trained:
+        raise UserError(f"{path} has no classifier for these classes: train one, with --epochs 1 or more")
+    else:
+        print(f"Weights: {path}, without a classifier for these classes: that starts from random weights")
+    return network
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in `path`, on the CPU: a .safetensors file, or what torch.save wrote.
+
+    It may lie under "state_dict" or "model", and its names may begin with "module." or "_orig_mod.". Nothing but plain
+    data is unpickled. Raises UserError when the file is damaged or holds anything else.
+    """
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            if zipfile.is_zipfile(path):  # not so the files of PyTorch before 1.6
+                verified_size(path)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of its own code
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a pickle can make torch.load raise anything
+        raise UserError(
+            f"{path} cannot be read as weights ({one_line(error)[:200]}). Save them with "
+            "torch.save(network.state_dict(), FILE), or as .safetensors"
+        ) from error
+    while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _WRAPPERS):
+        content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no state dict: save one with torch.save(network.state_dict(), FILE)")
+    return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
+
+
+def load_weights(network: nn.Module, path: Path, model: str) -> bool:
+    """Give a network the weights in `path`; return whether these include its classifier.
+
+    A first convolution with a larger kernel than the network's gives its centre. A classifier of another size, or none,
+    leaves the network's own as it is. Raises UserError, before the network is touched, that names the first tensor
+    that is missing, that has another shape, that the network called `model` does not have, or that is not finite.
+    """
+    given, own = read_weights(path), network.state_dict()
+    layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    stem, classifier = f"{layers[0]}.weight", f"{layers[-1]}."
+    if stem in given:
+        given[stem] = _centre(given[stem], own[stem])
+    of_classifier = [name for name in own if name.startswith(classifier)]
+    has_classifier = all(name in given and given[name].shape == own[name].shape for name in of_classifier)
+    if not has_classifier:
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(classifier)}
+    needed = [name for name in own if has_classifier or name not in of_classifier]
+
+    def refuse(reason: str) -> None:
+        raise UserError(f"{path} does not fit {model}: {reason}")
+
+    for name in needed:
+        if name not in given:
+            if not name.endswith("num_batches_tracked"):
+                refuse(f"{name} is missing in it")
+        elif given[name].shape != own[name].shape:
+            refuse(f"{name} is {_shape(given[name])} in it, and {_shape(own[name])} in the network")
+        elif not given[name].isfinite().all():
+            refuse(f"{name} holds numbers that are not finite")
+    for name in given:
+        if name not in own and not name.startswith(_TRAINING_ONLY):
+            refuse(f"the network has no {name}")
+    network.load_state_dict({name: given[name] for name in needed if name in given}, strict=False)
+    return has_classifier
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _centre(kernel: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The centre of a convolution's larger kernel (O, I, H, W), if that is what tells the two apart."""
+    if kernel.ndim != 4 or kernel.shape[:2] != wanted.shape[:2]:
+        return kernel
+    margins = [more - less for more, less in zip(kernel.shape[2:], wanted.shape[2:])]
+    if any(margin < 0 or margin % 2 for margin in margins):
+        return kernel
+    top, left = (margin // 2 for margin in margins)
+    return kernel[:, :, top : top + wanted.shape[2], left : left + wanted.shape[3]]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"

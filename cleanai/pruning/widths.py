@@ -1,0 +1,211 @@
+"""How many channels each group gives: the costs of a network as functions of its widths, and the choice of widths."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cleanai.network.activations import CONSUMERS
+from cleanai.pruning.groups import Group
+
+LEAST_KEPT = 0.1  # of the channels a group began with
+PARAMETERS_TOLERANCE = 0.001  # the share of parameters removed is the asked one, give or take this
+MACS_TOLERANCE = 0.005  # the share of multiply-accumulates removed is the asked one, or up to this more
+_MOVES = 4096  # that the search tries at random in each round
+_ROUNDS, _ROUNDS_MISSED = 30, 200  # without anything better that end it: once the budget is met, and before
+
+
+class Costs:
+    """Parameters and multiply-accumulates of a network as exact functions of its groups' widths.
+
+    Multiply-accumulates are those of convolutions and linear layers for the input `example`, as
+    `torch.utils.flop_counter` counts them (at two operations each).
+    """
+
+    def __init__(self, network: nn.Module, groups: list[Group], example: torch.Tensor):
+        positions = _positions(network, example)
+        layers = list(dict.fromkeys(layer for group in groups for layer in (*group.handled, *group.readers)))
+        layers += [layer for layer in positions if layer not in layers]
+        table = torch.tensor([_layer_costs(layer, positions.get(layer, 0)) for layer in layers], dtype=torch.float64)
+        self._inputs, self._outputs, self._weights, self._macs, self._biases, self._output_macs = table.T
+        self._reads = _lost_per_channel(layers, [_inputs_per_channel(group) for group in groups])
+        self._writes = _lost_per_channel(layers, [group.handled for group in groups])
+        self._rest = torch.zeros(2, dtype=torch.float64)
+        nothing = torch.zeros(len(groups), dtype=torch.float64)
+        self._rest[0] = sum(p.numel() for p in network.parameters()) - self(nothing)[0]
+        self.now = self(nothing)
+
+    def __call__(self, removed: torch.Tensor) -> torch.Tensor:
+        """Parameters and multiply-accumulates (..., 2) without `removed` (..., G) channels of the groups."""
+        outputs = self._outputs - removed @ self._writes
+        products = (self._inputs - removed @ self._reads) * outputs
+        parameters = products @ self._weights + outputs @ self._biases
+        macs = products @ self._macs + outputs @ self._output_macs
+        return torch.stack([parameters, macs], -1) + self._rest
+
+
+def _inputs_per_channel(group: Group) -> dict[nn.Module, float]:
+    return {layer: (unit >= 0).sum().item() / group.channels for layer, unit in group.readers.items()}
+
+
+def _lost_per_channel(layers: list[nn.Module], lost: list[dict[nn.Module, float]]) -> torch.Tensor:
+    return torch.tensor([[row.get(layer, 0.0) for layer in layers] for row in lost], dtype=torch.float64)  # (G, L)
+
+
+def _layer_costs(layer: nn.Module, positions: int) -> tuple[float, ...]:
+    """Inputs and outputs; parameters and multiply-accumulates per pair of these; both per output alone."""
+    own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, 1, positions, float(layer.bias is not None), 0
+    if isinstance(layer, CONSUMERS) and layer.groups != layer.out_channels:
+        weights = layer.weight[0, 0].numel() / layer.groups
+        return layer.in_channels, layer.out_channels, weights, weights * positions, float(layer.bias is not None), 0
+    # Each output has its own parameters: a depthwise convolution, or a norm.
+    width = getattr(layer, "out_channels", None) or layer.weight.numel()
+    weights = layer.weight.numel() / width
+    return 0, width, 0, 0, own / width, weights * positions
+
+
+def _positions(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int]:
+    """How often each layer applies its weights to one image: at its outputs, or at its inputs if it is transposed."""
+    positions = {}
+
+    def count(layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        values = args[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        channels = values.shape[-1] if isinstance(layer, nn.Linear) else values.shape[1]
+        positions[layer] = values[0].numel() // channels
+
+    hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, CONSUMERS)]
+    try:
+        with torch.inference_mode():
+            network.eval()(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return positions
+
+
+@dataclass
+class Budget:
+    """What both costs are to fall to: (2,) parameters and multiply-accumulates, from `low` to `high`."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @staticmethod
+    def removing(before: torch.Tensor, parameters: float | None, macs: float | None) -> Budget:
+        """The budget that removes these shares of the costs `before`; None leaves that cost free."""
+        asked = torch.tensor([math.nan if share is None else share for share in (parameters, macs)]).double()
+        less = torch.tensor([PARAMETERS_TOLERANCE, 0.0]).double()
+        more = torch.tensor([PARAMETERS_TOLERANCE, MACS_TOLERANCE]).double()
+        low = (before * (1 - asked - more)).nan_to_num(nan=-math.inf)
+        high = (before * (1 - asked + less)).nan_to_num(nan=math.inf)
+        return Budget(low, high)
+
+    def missed(self, cost: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """How far costs (..., 2) are outside, in shares of the costs `before`, summed: (...)."""
+        return (((cost - self.high).clamp_min(0) + (self.low - cost).clamp_min(0)) / before).sum(-1)
+
+
+def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
+    """How many channels of a group can go, from none: what stays is a multiple of `round_to`, and at least `least`."""
+    parallel = group.channels // group.units
+    multiple = parallel * round_to // math.gcd(parallel, round_to)
+    return [0] + [group.channels - width for width in range(group.channels - 1, least - 1, -1) if width % multiple == 0]
+
+
+def choose_cuts(
+    costs: Costs,
+    cuts: list[list[int]],
+    losses: list[torch.Tensor],
+    budget: Budget,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How many channels (G,) each group gives so that the costs fall into the budget at the least loss.
+
+    `cuts` are the numbers that each group can give, `losses` what each of them costs the network. A channel is worth
+    its loss per cost, and one exchange rate between the two costs decides which layers give: it is found by bisection,
+    so that both budgets are met at once. As channels go in blocks, this only comes near the budget; a search among
+    the widths around it then meets it, and keeps the cheapest it finds: never worse than `known` (G,), if given.
+    """
+    start = _by_exchange_rate(costs, cuts, losses, budget)
+    table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in cuts], True)  # (G, E)
+    loss = torch.nn.utils.rnn.pad_sequence([row.double() for row in losses], True)
+    last = torch.tensor([len(row) - 1 for row in cuts])
+    generator = torch.Generator().manual_seed(0)
+
+    def judge(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        removed = table.T.gather(0, rows)
+        return budget.missed(costs(removed), costs.now), loss.T.gather(0, rows).sum(-1)
+
+    best = start[None]
+    if known is not None:
+        best = torch.stack([start, torch.tensor([row.index(int(count)) for row, count in zip(cuts, known)])])
+        missed, lost = judge(best)
+        best = best[(lost + missed * 1e9).argmin()][None]
+    best_missed, best_loss = judge(best)
+    fruitless = 0
+    while fruitless < (_ROUNDS_MISSED if best_missed > 0 else _ROUNDS):
+        # Up to four groups give or take some blocks, one as often as all larger numbers together.
+        which = torch.randint(len(cuts), (_MOVES, 4), generator=generator)
+        blocks = (1 / (1 - torch.rand(_MOVES, 4, generator=generator))).clamp_max(int(last.max())).long()
+        step = blocks * torch.randint(-1, 2, (_MOVES, 4), generator=generator)
+        moves = torch.zeros(_MOVES, len(cuts), dtype=torch.long).scatter_add_(1, which, step)
+        # Half of them from the start: what meets the budget first may lie far off.
+        rows = torch.cat([best + moves[::2], start + moves[1::2]])
+        rows = torch.minimum(rows.clamp_min(0), last)
+        missed, lost = judge(rows)
+        first = (lost + missed * 1e9).argmin()
+        if (missed[first], lost[first]) < (best_missed, best_loss):
+            best, best_missed, best_loss, fruitless = rows[first][None], missed[first], lost[first], 0
+        else:
+            fruitless += 1
+    return table.T.gather(0, best)[0]
+
+
+def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Tensor], budget: Budget) -> torch.Tensor:
+    """The numbers (G,) of allowed cuts, as places in `cuts`, that an exchange rate between the costs leads to."""
+    groups = torch.tensor([number for number, row in enumerate(cuts) for _ in row[1:]], dtype=torch.long)
+    sizes = torch.tensor([after - before for row in cuts for before, after in zip(row, row[1:])], dtype=torch.float64)
+    slopes = torch.cat([_convex_slopes(row, loss) for row, loss in zip(cuts, losses)])  # loss per channel, per block
+    one = torch.eye(len(cuts), dtype=torch.float64)
+    per_channel = (costs.now - costs(one)) / costs.now  # (G, 2)
+
+    def take(rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        prices = ((1 - rate) * per_channel[:, 0] + rate * per_channel[:, 1])[groups]
+        order = (slopes / prices).argsort(stable=True)
+        order = order[prices[order] > 0]  # below 0 and above 1 the cost that would run out first is worth keeping
+        if not len(order):
+            return torch.zeros(len(cuts), dtype=torch.long), costs.now
+        taken = one[groups[order]].cumsum(0)
+        spent = costs((one[groups[order]] * sizes[order, None]).cumsum(0))
+        met = (spent <= budget.high)[:, 0 if budget.high[0] < math.inf else 1]
+        stop = int(met.int().argmax()) if met.any() else len(order) - 1
+        return taken[stop].long(), spent[stop]
+
+    if (budget.high == math.inf).any():
+        return take(0.0 if budget.high[0] < math.inf else 1.0)[0]
+    low, high = -1.0, 2.0
+    for _ in range(20):
+        rate = (low + high) / 2
+        taken, spent = take(rate)
+        low, high = (rate, high) if spent[1] > budget.high[1] else (low, rate)
+    return taken
+
+
+def _convex_slopes(cuts: list[int], losses: torch.Tensor) -> torch.Tensor:
+    """What each block costs per channel along the lower convex hull of a group's losses: ever more."""
+
+    def slope(start: int, end: int) -> float:
+        return (losses[end] - losses[start]).item() / (cuts[end] - cuts[start])
+
+    hull = [0]
+    for point in range(1, len(cuts)):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return torch.tensor(
+        [slope(start, end) for start, end in zip(hull, hull[1:]) for _ in range(start, end)], dtype=torch.float64
+    )

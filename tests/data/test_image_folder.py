@@ -1,0 +1,321 @@
+"""Folders of images: every kind of picture, what is wrong with a folder, and the cache beside it."""
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cleanai import UserError
+from cleanai.data.sources import load_images
+from cleanai.runtime.scenario import PROJECT
+from tests.conftest import copy_real_images, make_image_folder, needs_real_images
+
+
+def png(width, height, bits, kind, rows=b""):
+    """A PNG file made by hand: `kind` is 0 for gray and 2 for colour, `rows` the unfiltered bytes of the pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    length = len(rows) // height
+    lines = b"".join(b"\0" + rows[start : start + length] for start in range(0, len(rows), length or 1))
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def test_an_image_folder_is_read_by_class(tmp_path):
+    make_image_folder(tmp_path / "Pets")
+    images = load_images("Pets", tmp_path)
+    assert list(images.classes) == ["cat", "dog"]
+    assert images.source == "image folder"
+    assert images.train.pixels.shape == images.test.pixels.shape == (4, 3, 8, 8)
+    assert images.train.pixels[:, :, 0, 0].tolist() == [[250, 0, 0]] * 2 + [[0, 0, 250]] * 2
+    assert images.train.labels.tolist() == images.test.labels.tolist() == [0, 0, 1, 1]
+
+
+@needs_real_images
+def test_real_images_are_read_as_they_are(tmp_path):
+    copy_real_images(tmp_path, per_class=50)
+    images = load_images("CIFAR10", tmp_path)
+    assert images.classes[3] == "cat"
+    assert images.train.pixels.shape == (500, 3, 32, 32)
+    assert images.train.mean == pytest.approx([0.49, 0.48, 0.45], abs=0.03)
+    again = load_images("CIFAR10", tmp_path)
+    for part, same in ((images.train, again.train), (images.test, again.test)):
+        assert torch.equal(part.pixels, same.pixels)
+        assert torch.equal(part.labels, same.labels)
+
+
+def _half_transparent(mode):
+    picture = Image.new(mode, (8, 8), (40, 100, 200, 255) if mode == "RGBA" else (40, 255))
+    picture.putpixel((1, 0), (40, 100, 200, 0) if mode == "RGBA" else (40, 0))
+    picture.putpixel((2, 0), (40, 100, 200, 51) if mode == "RGBA" else (40, 51))  # a fifth of it covers the white
+    return picture
+
+
+def _palette(**transparent):
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([9, 9, 9, 40, 100, 200])
+    picture.putpixel((1, 0), 0)
+    return picture, transparent
+
+
+GRAY_16 = np.zeros((8, 8), dtype=np.uint16)
+GRAY_16[0, :5] = 65535, 32768, 511, 256, 255
+COLOUR_16 = np.zeros((8, 8, 3), dtype=">u2")
+COLOUR_16[0, :2] = (65535, 32768, 255), (256, 511, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "row"),
+    [
+        ("gray.png", Image.fromarray((GRAY_16 >> 8).astype(np.uint8)), [(255,) * 3, (128,) * 3, (1,) * 3, (1,) * 3]),
+        ("gray.jpg", Image.new("L", (8, 8), 77), [(77,) * 3]),
+        ("black and white.png", Image.new("1", (8, 8), 1), [(255,) * 3]),
+        ("palette.png", _palette(), [(40, 100, 200), (9, 9, 9)]),
+        ("palette, one colour transparent.png", _palette(transparency=0), [(40, 100, 200), (255,) * 3]),
+        ("alpha.png", _half_transparent("RGBA"), [(40, 100, 200), (255,) * 3, (212, 224, 244)]),
+        ("gray with alpha.png", _half_transparent("LA"), [(40,) * 3, (255,) * 3, (212,) * 3]),
+        ("16 bits.png", Image.fromarray(GRAY_16), [(255,) * 3, (128,) * 3, (1,) * 3, (1,) * 3, (0,) * 3]),
+        ("16 bits.tif", Image.fromarray(GRAY_16), [(255,) * 3, (128,) * 3, (1,) * 3, (1,) * 3, (0,) * 3]),
+        ("16 bits.pgm", b"P5 8 8 65535\n" + GRAY_16.astype(">u2").tobytes(), [(255,) * 3, (128,) * 3, (1,) * 3]),
+        ("16 bits by hand.png", png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes()), [(255,) * 3, (128,) * 3]),
+        ("16 bits of colour.png", png(8, 8, 16, 2, COLOUR_16.tobytes()), [(255, 128, 0), (1, 1, 0), (0, 0, 0)]),
+        ("UPPER.PNG", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
+        ("bitmap.bmp", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
+    ],
+)
+def test_every_kind_of_picture_becomes_its_colours(tmp_path, name, picture, row):
+    path = make_image_folder(tmp_path / "Pets") / "train" / "cat" / f"!{name}"  # before all others
+    if isinstance(picture, bytes):
+        path.write_bytes(picture)
+    else:
+        picture, options = picture if isinstance(picture, tuple) else (picture, {})
+        picture.save(path, **options)
+    pixels = load_images("Pets", tmp_path).train.pixels[0]
+    assert [tuple(pixels[:, 0, column].tolist()) for column in range(len(row))] == row
+
+
+def _flip(content, position):
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def _saved_as(path, mode, value):
+    Image.new(mode, (8, 8), value).save(path)
+
+
+def _emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+BAD_FOLDERS = {  # what is done to a good folder, and what the one line says
+    "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*dog.0\.png"),
+    "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"Broken image file: .*dog.0\.png"),
+    "a pickle": (lambda f: (f / "test/cat/0.png").write_bytes(pickle.dumps([1])), r"Broken image file: .*cat.0\.png"),
+    "truncated PNG": (
+        lambda f: (f / "test/cat/1.png").write_bytes((f / "test/cat/1.png").read_bytes()[:50]),
+        r"Broken image file: .*1\.png",
+    ),
+    "truncated JPEG": (
+        lambda f: (_saved_as(f / "test/cat/a.jpg", "RGB", 9), os.truncate(f / "test/cat/a.jpg", 500)),
+        r"Broken image file: .*a\.jpg",
+    ),
+    "truncated BMP": (
+        lambda f: (_saved_as(f / "test/cat/a.bmp", "RGB", 9), os.truncate(f / "test/cat/a.bmp", 99)),
+        r"Broken image file: .*a\.bmp",
+    ),
+    "flipped bit": (
+        lambda f: (f / "train/cat/1.png").write_bytes(_flip((f / "train/cat/1.png").read_bytes(), 45)),
+        r"Broken image file: .*1\.png",
+    ),
+    "bomb": (
+        lambda f: (f / "train/cat/a.png").write_bytes(png(30_000, 30_000, 1, 0)),
+        r"Broken image file: .*a\.png .*900000000 pixels",
+    ),
+    "small bomb": (
+        lambda f: (f / "train/cat/a.png").write_bytes(png(10_000, 10_000, 1, 0)),
+        r"Broken image file: .*a\.png .*100000000 pixels",
+    ),
+    "fractions": (lambda f: _saved_as(f / "train/cat/a.tif", "F", 0.5), r"Broken image file: .*a\.tif .*32 bits"),
+    "32 bits": (lambda f: _saved_as(f / "train/cat/a.tif", "I", 70_000), r"Broken image file: .*a\.tif .*32 bits"),
+    "link to nothing": (lambda f: (f / "train/cat/a.png").symlink_to(f / "gone.png"), r"a\.png"),
+    "other size": (
+        lambda f: Image.new("RGB", (9, 8)).save(f / "train/cat/9.png"),
+        r"9\.png is 9 x 8 pixels and the first image is 8 x 8",
+    ),
+    "other size in test": (
+        lambda f: Image.new("RGB", (8, 9)).save(f / "test/dog/1.png"),
+        r"test.dog.1\.png is 8 x 9 pixels and the first image is 8 x 8",
+    ),
+    "class empty": (lambda f: _emptied(f / "train/cat"), "train.cat holds no files: put images there"),
+    "class of texts": (
+        lambda f: (_emptied(f / "test/cat"), (f / "test/cat/note.txt").write_bytes(b"")),
+        r"test.cat holds only other files, such as note\.txt: put images there \(\.jpg, ",
+    ),
+    "class missing in test": (lambda f: shutil.rmtree(f / "test/dog"), "same class folders; only one of them has dog"),
+    "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), "class folders; only one of them has cat"),
+    "class of another name": (
+        lambda f: (f / "test/dog").rename(f / "test/Dog "),
+        "same class folders; only one of them has Dog , dog",
+    ),
+    "no classes": (lambda f: _emptied(f / "train"), "train must hold images in class folders: it has no folders"),
+    "test missing": (lambda f: shutil.rmtree(f / "test"), "test must hold images in class folders"),
+    "train missing": (lambda f: shutil.rmtree(f / "train"), "train must hold images in class folders"),
+    "part is a file": (
+        lambda f: (shutil.rmtree(f / "test"), (f / "test").write_bytes(b"")),
+        "test must hold images in class folders",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_a_bad_image_folder_is_named_in_one_line(tmp_path, fault):
+    folder = make_image_folder(tmp_path / "Pets")
+    load_images("Pets", tmp_path)  # a cache of the good folder hides nothing
+    spoil, message = BAD_FOLDERS[fault]
+    spoil(folder)
+    for _ in range(2):
+        with pytest.raises(UserError, match=message) as error:
+            load_images("Pets", tmp_path)
+        assert "\n" not in str(error.value)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_more_images_than_memory_are_named_in_one_line(tmp_path, monkeypatch):
+    make_image_folder(tmp_path / "Pets")
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(UserError, match=r"Pets: 8 images of 8 x 8 pixels take 0 GiB, more memory than there is"):
+        load_images("Pets", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["CIFAR99", "../Pets", "", "Dogs.cache"])
+def test_an_unknown_dataset_is_never_replaced_by_another(tmp_path, name):
+    make_image_folder(tmp_path / "Pets")
+    make_image_folder(tmp_path / "data" / "Dogs")
+    load_images("Dogs", tmp_path / "data")
+    with pytest.raises(UserError, match="Unknown dataset: "):
+        load_images(name, tmp_path / "data")
+
+
+class TestCache:
+    @pytest.fixture
+    def folder(self, tmp_path, capsys) -> Path:
+        """A folder of images that has been read once."""
+        folder = make_image_folder(tmp_path / "Pets")
+        Image.new("RGB", (8, 8), (100, 0, 0)).save(folder / "train/cat/1.png")
+        for picture in folder.rglob("*.png"):
+            os.utime(picture, (10**9, 10**9))  # all at once, as out of an archive
+        load_images("Pets", tmp_path)
+        assert capsys.readouterr().out == ""
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["Pets", "Pets.cache"]
+        return folder
+
+    def _colours(self, folder) -> list:
+        return load_images("Pets", folder.parent).train.pixels[:, :, 0, 0].tolist()
+
+    def test_it_is_what_the_second_run_reads(self, folder, capsys):
+        picture = folder / "train/cat/0.png"
+        times = picture.stat().st_atime_ns, picture.stat().st_mtime_ns
+        content = picture.read_bytes()
+        picture.write_bytes(b"x" * len(content))
+        os.utime(picture, ns=times)  # a change that cannot be seen in the folder
+        assert self._colours(folder)[0] == [250, 0, 0]
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("change", ["content", "time", "new", "removed", "renamed", "moved to the other class"])
+    def test_a_folder_that_changed_is_decoded_anew(self, folder, capsys, change):
+        picture, expected = folder / "train/cat/0.png", [[250, 0, 0], [100, 0, 0], [0, 0, 250], [0, 0, 250]]
+        if change == "content":
+            Image.new("RGB", (8, 8), (0, 250, 0)).save(picture)
+            expected[0] = [0, 250, 0]
+        elif change == "time":
+            os.utime(picture, ns=(0, picture.stat().st_mtime_ns + 1_000_000_000))
+        elif change == "new":
+            Image.new("RGB", (8, 8), (0, 250, 0)).save(folder / "train/cat/00.png")
+            expected.insert(1, [0, 250, 0])
+        elif change == "removed":
+            picture.unlink()
+            del expected[0]
+        elif change == "renamed":
+            picture.rename(picture.with_name("2.png"))
+            expected[:2] = expected[1::-1]
+        else:
+            picture.rename(folder / "train/dog/2.png")
+            expected.append(expected.pop(0))
+        assert self._colours(folder) == expected
+        assert capsys.readouterr().out.startswith("The images are not those that ")
+        assert self._colours(folder) == expected
+        assert capsys.readouterr().out == "", "the new cache is good"
+
+    def test_however_it_is_damaged_the_images_are_right(self, folder, capsys):
+        cache = folder.with_name("Pets.cache")
+        good, right = cache.read_bytes(), load_images("Pets", folder.parent)
+        generator = random.Random(0)
+        damaged = [_flip(good, position) for position in range(0, len(good), 13)]
+        damaged += [good[: generator.randrange(len(good))] for _ in range(40)]
+        damaged += [b"", b"\n", b"[]\n", b"null\n", b'{"listing": 1}\n', good + b"x", pickle.dumps([1]), bytes(9999)]
+        for content in damaged:
+            cache.write_bytes(content)
+            images = load_images("Pets", folder.parent)
+            assert torch.equal(images.train.pixels, right.train.pixels)
+            assert torch.equal(images.test.pixels, right.test.pixels)
+            assert cache.read_bytes() == good
+            printed = capsys.readouterr().out
+            assert printed.count("\n") == 1
+            assert "decoding" in printed
+
+    def test_what_killed_runs_left_of_it_goes(self, folder):
+        abandoned, written, own = (folder.with_name(f"Pets.{end}") for end in ("cache.1.tmp", "cache.2.tmp", "tmp"))
+        for path in (abandoned, written, own):
+            path.touch()
+        for path in (abandoned, own):
+            os.utime(path, (0, 0))
+        load_images("Pets", folder.parent)
+        assert [path.exists() for path in (abandoned, written, own)] == [False, True, True]
+
+    def test_without_room_for_it_the_images_are_right(self, folder, capsys):
+        cache = folder.with_name("Pets.cache")
+        cache.unlink()
+        cache.mkdir()  # cannot be read or replaced
+        assert self._colours(folder)[0] == [250, 0, 0]
+        assert "cannot be kept for the next run" in capsys.readouterr().out
+        assert sorted(path.name for path in folder.parent.iterdir()) == ["Pets", "Pets.cache"]
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+    def test_in_a_folder_that_is_read_only_the_images_are_right(self, folder, capsys):
+        folder.with_name("Pets.cache").unlink()
+        folder.parent.chmod(0o555)
+        try:
+            assert self._colours(folder)[0] == [250, 0, 0]
+        finally:
+            folder.parent.chmod(0o755)
+        assert "cannot be kept for the next run" in capsys.readouterr().out
+
+    def test_two_processes_may_make_it_at_once(self, folder):
+        program = (
+            "import sys; from pathlib import Path; from cleanai.data.image_folder import read_image_folder\n"
+            "folder = Path(sys.argv[1])\n"
+            "for _ in range(5):\n"
+            "    try: folder.with_name('Pets.cache').unlink()\n"
+            "    except OSError: pass\n"
+            "    (pixels, labels), *_ = read_image_folder(folder)\n"
+            "    assert pixels[:, 0, 0, 0].tolist() == [250, 100, 0, 0], pixels\n"
+        )
+        command = [sys.executable, "-c", program, str(folder)]
+        both = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        for process in both:
+            assert (process.communicate()[1], process.returncode) == ("", 0)

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from cleanai import UserError
+from cleanai.data.images import ImageSet, balanced_order
+
+
+def test_digits_are_all_there_and_the_split_is_balanced(digits):
+    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    assert digits.train.pixels.shape[1:] == (3, 16, 16)
+    assert digits.train.pixels.dtype == torch.uint8
+    assert digits.test.labels.bincount().min() >= 34
+    assert not digits.mirror
+
+
+def test_batches_have_mean_zero_and_deviation_one(digits):
+    inputs = torch.cat([inputs for inputs, _ in digits.train.batches(100)])
+    assert inputs.mean().abs() < 1e-4
+    assert (inputs.std() - 1).abs() < 1e-3
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_beginning_of_a_balanced_order_is_balanced():
+    labels = torch.arange(10).repeat_interleave(50)  # sorted by class, like an image folder
+    order = balanced_order(labels, seed=3)
+    assert sorted(order.tolist()) == list(range(500))
+    for count in (20, 100, 250):
+        shares = labels[order[:count]].bincount(minlength=10)
+        assert shares.max() - shares.min() <= 2
+    assert torch.equal(order, balanced_order(labels, seed=3))
+    assert not torch.equal(order, balanced_order(labels, seed=4))
+
+
+def _pictures(count: int, size: int = 16) -> ImageSet:
+    pixels = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(count), torch.zeros(3), torch.ones(3))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_augmented_images_are_shifted_and_flipped_copies(mirror):
+    pictures = _pictures(200)
+    indices = torch.randperm(200)
+    moves = pictures.draw_moves(200, mirror, torch.Generator().manual_seed(0))
+    inputs, labels = pictures.augmented_batch(indices, moves)
+    assert torch.equal(labels, indices)
+    padded = torch.nn.functional.pad(pictures.pixels[indices], (2, 2, 2, 2))
+    seen = set()
+    for image, source in zip((inputs * 255).round().byte(), padded):
+        candidates = {
+            (down, right, flip): (window.flip(2) if flip else window)
+            for down in range(5)
+            for right in range(5)
+            for flip in (False, True)
+            for window in [source[:, down : down + 16, right : right + 16]]
+        }
+        seen.add(next(draw for draw, candidate in candidates.items() if torch.equal(candidate, image)))
+    assert len({(down, right) for down, right, _ in seen}) == 25
+    assert {flip for *_, flip in seen} == ({False, True} if mirror else {False})
+
+
+def test_a_subset_is_balanced_and_too_large_a_one_is_refused(digits):
+    assert digits.with_train_samples(None, 0) is digits
+    shares = digits.with_train_samples(100, 0).train.labels.bincount()
+    assert shares.sum() == 100
+    assert 9 <= shares.min() <= shares.max() <= 11
+    with pytest.raises(UserError, match="--train-samples 2,000: there are only 1,437"):
+        digits.with_train_samples(2000, 0)
+
+
+def test_held_out_images_are_those_not_used_for_calibration(digits):
+    calibration, heldout = digits.calibration_split(100, seed=0)
+    assert (len(calibration), len(heldout)) == (100, 260)
+    together = torch.cat([calibration.pixels, digits.test.pixels[heldout]]).flatten(1)
+    assert torch.equal(together.unique(dim=0), digits.test.pixels.flatten(1).unique(dim=0))
+    assert len(digits.calibration_split(6400, seed=0)[0]) == 270, "a quarter of the test images stays held out"
+
+
+@pytest.mark.parametrize("classes", [["0"], [str(number) for number in range(100)], list("9876543210")])
+def test_a_checkpoint_for_other_classes_is_named(digits, classes):
+    digits.require_classes([str(number) for number in range(10)], Path("fits.pth"))
+    with pytest.raises(UserError, match=rf"^other\.pth tells {len(classes)} classes apart .*, and the dataset has 10 "):
+        digits.require_classes(classes, Path("other.pth"))

@@ -1,0 +1,198 @@
+"""Weights that people bring: every form they come in, and what is refused."""
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import googlenet, mobilenet_v2, resnet18, resnet34
+
+from cleanai import UserError
+from cleanai.network.models import build, save_network
+from cleanai.network.weights import load_weights
+from tests.scripts import SCRIPTS, fails, prepare, prune, run
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The state dict of a ResNet-18 for ImageNet."""
+    torch.manual_seed(7)
+    return resnet18(weights=None).state_dict()
+
+
+@pytest.fixture
+def trained(published):
+    """The same network as ours, for 10 classes, with a stem and a classifier of its own."""
+    torch.manual_seed(8)
+    network = build("ResNet18", 10)
+    network.bn1.running_mean.fill_(0.5)
+    return network
+
+
+def _saved(content, path):
+    torch.save(content, path)
+    return path
+
+
+def test_a_stem_of_7x7_gives_its_centre_and_another_classifier_leaves_ours(tmp_path, published):
+    network = build("ResNet18", 10)
+    classifier = network.fc.weight.clone()
+    assert load_weights(network, _saved(published, tmp_path / "w.pth"), "ResNet18") is False
+    assert torch.equal(network.conv1.weight, published["conv1.weight"][:, :, 2:5, 2:5])
+    assert torch.equal(network.layer4[1].conv2.weight, published["layer4.1.conv2.weight"])
+    assert torch.equal(network.fc.weight, classifier)
+    without = {name: tensor for name, tensor in published.items() if not name.startswith("fc.")}
+    assert load_weights(network, _saved(without, tmp_path / "w.pth"), "ResNet18") is False
+
+
+FORMS = {
+    "plain.pth": lambda state, path: torch.save(state, path),
+    "old.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "wrapped.th": lambda state, path: torch.save({"best_prec1": 93.4, "state_dict": state}, path),
+    "model.pt": lambda state, path: torch.save({"model": state, "epoch": 3}, path),
+    "parallel.pth": lambda state, path: torch.save({f"module.{name}": t for name, t in state.items()}, path),
+    "compiled.pth": lambda state, path: torch.save({f"_orig_mod.module.{name}": t for name, t in state.items()}, path),
+    "uncounted.pth": lambda state, path: torch.save(
+        {name: tensor for name, tensor in state.items() if "num_batches_tracked" not in name}, path
+    ),
+    "half.pth": lambda state, path: torch.save(
+        {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, path
+    ),
+    "weights.safetensors": lambda state, path: save_file(state, path),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_weights_file_is_read(form, trained, tmp_path):
+    FORMS[form](trained.state_dict(), tmp_path / form)
+    network = build("ResNet18", 10)
+    assert load_weights(network, tmp_path / form, "ResNet18") is True
+    tolerance = {"rtol": 1e-3, "atol": 1e-6} if form == "half.pth" else {"rtol": 0, "atol": 0}
+    for name, tensor in trained.state_dict().items():
+        assert network.state_dict()[name].dtype == tensor.dtype
+        torch.testing.assert_close(network.state_dict()[name], tensor, **tolerance)
+
+
+def test_one_of_our_checkpoints_is_read(trained, tmp_path):
+    save_network(tmp_path / "c.pth", trained, {"model": "ResNet18", "classes": ["a"], "config": {"state_dict": 1}})
+    network = build("ResNet18", 10)
+    assert load_weights(network, tmp_path / "c.pth", "ResNet18") is True
+    assert torch.equal(network.fc.weight, trained.fc.weight)
+
+
+def test_other_networks_take_all_weights_but_another_classifier(tmp_path):
+    torch.manual_seed(3)
+    expected = mobilenet_v2().state_dict()
+    network = build("MobileNetV2", 3)
+    assert load_weights(network, _saved(expected, tmp_path / "w.pth"), "MobileNetV2") is False
+    loaded = network.state_dict()
+    same = [name for name in loaded if loaded[name].shape == expected[name].shape]
+    assert set(loaded) - set(same) == {"classifier.1.weight", "classifier.1.bias"}
+    assert all(torch.equal(loaded[name], expected[name]) for name in same)
+
+
+def test_extra_classifiers_for_training_are_left_out(tmp_path):
+    expected = googlenet(init_weights=False).state_dict()  # as published, with two of them
+    network = build("GoogLeNet", 1000)
+    assert load_weights(network, _saved(expected, tmp_path / "w.pth"), "GoogLeNet") is True
+    assert torch.equal(network.inception5b.branch1.conv.weight, expected["inception5b.branch1.conv.weight"])
+
+
+class _Other(torch.nn.Module):
+    pass
+
+
+def _with(name, tensor):
+    return lambda state: {**state, name: tensor}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_with("bn1.weight", torch.zeros(32)), r"bn1\.weight is 32 in it, and 64 in the network"),
+        (_with("conv1.weight", torch.zeros(64, 3, 4, 4)), r"conv1\.weight is 64x3x4x4"),
+        (_with("layer1.0.bn1.bias", torch.full((64,), float("nan"))), r"layer1\.0\.bn1\.bias holds numbers that are"),
+        (lambda state: {k: v for k, v in state.items() if k != "bn1.bias"}, r"bn1\.bias is missing in it"),
+        (lambda state: resnet34().state_dict(), r"the network has no layer1\.2\.conv1\.weight"),
+        (lambda state: {}, "holds no state dict"),
+        (lambda state: [state], "holds no state dict"),
+        (lambda state: {"state_dict": {}, "epoch": 3}, "holds no state dict"),
+        (lambda state: _Other(), "cannot be read as weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_touched(change, expected, trained, tmp_path):
+    network = build("ResNet18", 10)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(UserError, match=expected) as error:
+        load_weights(network, _saved(change(trained.state_dict()), tmp_path / "w.pth"), "ResNet18")
+    assert "\n" not in str(error.value)
+    assert "w.pth" in str(error.value)
+    assert "delete" not in str(error.value)
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_damaged_weights_are_refused(name, trained, tmp_path):
+    FORMS["weights.safetensors" if name.endswith("s") else "plain.pth"](trained.state_dict(), tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    for damaged in (content[:-1000], b"", b"weights"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=name):
+            load_weights(trained, tmp_path / name, "ResNet18")
+    if name == "w.pth":  # an archive has checksums
+        content[len(content) // 2] ^= 1
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load_weights(trained, tmp_path / name, "ResNet18")
+
+
+def test_a_trained_network_goes_straight_to_pruning_and_the_record_names_its_file(tmp_path):
+    first = prepare(tmp_path / "first", "--dataset", "Digits", "--epochs", "1")
+    assert first.returncode == 0, first.stderr
+    weights = tmp_path / "first" / "TS1" / "ResNet18_Digits_FT_final.pth"
+    taken = prepare(tmp_path / "own", "--dataset", "Digits", "--epochs", "0", "--weights", weights)
+    assert taken.returncode == 0, taken.stderr
+    records = [
+        json.loads((tmp_path / run / "TS1" / "TS1_ResNet18_Digits.json").read_text(encoding="utf-8"))
+        for run in ("first", "own")
+    ]
+    assert records[1]["models"]["after"] == records[1]["models"]["before"] == records[0]["models"]["after"]
+    assert records[1]["config"]["weights"] == weights.name
+    pruned = prune(SCRIPTS[2], tmp_path / "own", "--dataset", "Digits", "--epochs", "1")
+    assert pruned.returncode == 0, pruned.stderr
+    digest = records[1]["config"]["weights_sha256"]
+    assert f"Original network: from {weights.name} ({digest[:8]}…), 0 epochs" in pruned.stdout
+
+    other = prepare(tmp_path / "other", "--dataset", "Digits", "--epochs", "1", "--seed", "1")
+    assert other.returncode == 0, other.stderr
+    others = tmp_path / "other" / "TS1" / "ResNet18_Digits_FT_final.pth"
+    again = prepare(tmp_path / "own", "--dataset", "Digits", "--epochs", "0", "--weights", others)
+    fails(again, "another file called ResNet18_Digits_FT_final.pth")
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [("missing.pth", "neither imagenet, none, nor a file"), ("other.pth", "does not fit")]
+)
+def test_weights_are_looked_at_before_any_work(weights, expected, tmp_path):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
+    out = tmp_path / "out"
+    result = run(SCRIPTS[0], "--dataset", "Digits", "--weights", tmp_path / weights, "--checkpoints-dir", out)
+    fails(result, weights, expected)
+    assert not out.exists()
+
+
+def test_no_epochs_need_a_classifier(tmp_path, published):
+    _saved(published, tmp_path / "w.pth")
+    options = ["--dataset", "Digits", "--epochs", "0", "--checkpoints-dir", tmp_path / "out"]
+    fails(run(SCRIPTS[0], *options, "--weights", tmp_path / "w.pth"), "--epochs 1", "classifier")
+    fails(run(SCRIPTS[0], *options, "--weights", "none"), "--epochs", "--weights")
+    assert not (tmp_path / "out").exists()
+
+
+def test_starting_over_never_deletes_the_weights_it_starts_from(tmp_path):
+    first = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1")
+    assert first.returncode == 0, first.stderr
+    weights = tmp_path / "TS1" / "ResNet18_Digits_FT_final.pth"
+    result = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1", "--weights", weights, "--fresh")
+    fails(result, weights.name, "--fresh")
+    assert weights.exists()

@@ -1,0 +1,125 @@
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cleanai import UserError
+from cleanai.network.models import load_network, save_network
+from cleanai.pruning.criteria import WandaImportance
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.runtime.checkpoints import (
+    find_checkpoint,
+    find_record,
+    load_checkpoint,
+    save_checkpoint,
+    write_record,
+)
+from cleanai.runtime.files import write_bytes
+
+FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 4, "seed": 0}}
+
+
+def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"config": {"epochs": 4, "batch_size": 64}})
+    assert find_checkpoint(path, {"epochs": 4, "batch_size": 64})["config"]["epochs"] == 4
+    with pytest.raises(UserError, match=r"was made with --batch-size 64, and this run is with --batch-size 128: "):
+        find_checkpoint(path, {"epochs": 4, "batch_size": 128})
+    with pytest.raises(UserError, match=r"run without --train-samples, use another"):
+        save_checkpoint(path, {"config": {"train_samples": None}})
+        find_checkpoint(path, {"train_samples": 50})
+    assert find_checkpoint(tmp_path / "none.pth", {}) is None
+
+
+def test_a_record_survives_and_refuses_like_a_checkpoint(tmp_path):
+    path = tmp_path / "deep" / "Çalışma.json"
+    write_record(path, {"config": {"lr": 0.1}, "x": "ğ"})
+    assert find_record(path, {"lr": 0.1})["x"] == "ğ"
+    with pytest.raises(UserError, match=r"--lr 0\.1"):
+        find_record(path, {"lr": 0.2})
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        find_record(path, {"lr": 0.1})
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1000, -1])
+def test_a_truncated_checkpoint_is_named(tmp_path, kept):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"state_dict": {"w": torch.randn(5000)}})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"a\.pth is damaged or not a checkpoint of this project"):
+        load_checkpoint(path)
+
+
+def test_a_foreign_file_is_named(tmp_path):
+    path = tmp_path / "foreign.pth"
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=r"foreign\.pth is damaged or not a checkpoint"):
+        load_checkpoint(path)
+
+
+class _Attack:
+    def __reduce__(self):
+        return exec, ("import pathlib, tempfile; pathlib.Path(tempfile.gettempdir(), 'cleanai-attack').touch()",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    attack = {"format": "cleanai-checkpoint", "x": _Attack()}
+    torch.save(attack, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(attack))
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(UserError):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "cleanai-attack").exists()
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "a.bin"
+    write_bytes(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(step, full)
+    with pytest.raises(UserError, match=r"a\.bin cannot be written \(No space left on device\)"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network, digits, compute):
+    images = digits.test.select(torch.arange(32))
+    prune_to_budget(network, WandaImportance(), images, images, compute, 0.2, 0.2, steps=1, batch_size=32)
+    path, outputs = tmp_path / "n.pth", tmp_path / "o.pth"
+    save_network(path, network, FACTS)
+    program = (
+        "import sys, torch; from pathlib import Path; from cleanai.network.models import load_network\n"
+        "assert torch.load(sys.argv[1], weights_only=True)['model'] == 'ResNet18'\n"
+        "torch.manual_seed(1); x = torch.randn(4, 3, 16, 16)\n"
+        "torch.save(load_network(Path(sys.argv[1]))(x).detach(), sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path), str(outputs)], check=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = network(torch.randn(4, 3, 16, 16))
+    assert torch.equal(torch.load(outputs, weights_only=True), expected)
+
+
+def test_subnormal_weights_are_saved_as_zeros(tmp_path, network):
+    network.fc.weight.data[0, :2] = torch.tensor([1e-40, 1e-30])
+    save_network(tmp_path / "n.pth", network, FACTS)
+    saved = load_network(tmp_path / "n.pth").fc.weight
+    assert saved[0, 0] == 0
+    assert saved[0, 1] == network.fc.weight[0, 1]
+    assert torch.equal(saved[1:], network.fc.weight[1:])
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    path = tmp_path / "n.pth"
+    save_checkpoint(path, {**FACTS, "state_dict": {"conv1.weight": torch.zeros(1)}})
+    with pytest.raises(UserError, match="does not hold a ResNet18"):
+        load_network(path)
