@@ -1,7 +1,7 @@
-"""CleanAI: prune a network, and tell honestly what that did."""
+"""CleanAI: prunes a network and measures what that cost."""
 
-__version__ = "5.1.0"
+__version__ = "1.0.0"
 
 
 class UserError(Exception):
-    """A problem its user can mend: the message is the one line a script prints, and says what to do next."""
+    """A problem that the user can solve. The message is the one line that a script prints; it says what to do next."""

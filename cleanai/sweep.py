@@ -1,7 +1,9 @@
-"""How far a network can be pruned: its accuracy at several ratios, by several criteria."""
+"""The sweep: accuracy of a network after pruning at several ratios, by every criterion."""
+
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any, Callable, Sequence
 
 import torch
@@ -12,20 +14,24 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.evaluation import evaluate
-from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
-from cleanai.pruning.pruner import BudgetMissed, prune_to_budget
+from cleanai.pruning.criteria import CRITERIA
+from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.compute import Compute
-from cleanai.runtime.progress import one_bar, say
+from cleanai.runtime.methods import METHODS
+from cleanai.runtime.progress import progress_bar, say
 
-# The two methods, and two that no calibration image has a part in.
-CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
-    "Neuron Coverage": NeuronCoverageImportance,
-    "WANDA": WandaImportance,
+# Baselines that use no calibration images.
+BASELINES: dict[str, Callable[[], tp.importance.Importance]] = {
     "L2 magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "random choice": tp.importance.RandomImportance,
 }
 
-ROUND_TO = (8,)  # fine enough to meet every ratio, and not the highest alone
+ROUND_TO = (8,)  # fine enough to meet every ratio, not only the highest
+
+
+def sweep_criteria() -> dict[str, Callable[[], tp.importance.Importance]]:
+    """The criteria of a sweep by name: the methods, then the baselines."""
+    return {**{method.title: CRITERIA[name] for name, method in METHODS.items()}, **BASELINES}
 
 
 def measure_network(network: nn.Module, test: ImageSet, compute: Compute) -> dict[str, Any]:
@@ -34,76 +40,77 @@ def measure_network(network: nn.Module, test: ImageSet, compute: Compute) -> dic
     return {"accuracy_percent": accuracy, **_costs(network, test)}
 
 
-def measure_sweep(
-    network: nn.Module,
-    ratios: Sequence[float],
-    calibration: ImageSet,
-    repair_on: ImageSet,
-    test: ImageSet,
-    compute: Compute,
-    batch_size: int,
-    seed: int,
-    known: Sequence[dict[str, Any]],
-    keep: Callable[[list[dict[str, Any]]], None],
-    fine_tune: Callable[[nn.Module], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Prune a network by each of CRITERIA to each of `ratios`: `criterion`, `ratio` and measures of every point.
+@dataclass
+class Sweep:
+    """Prunes a network by each criterion to each of the rising `ratios`, of parameters and multiply-accumulates alike.
 
-    A criterion cuts one copy of the network from ratio to ratio, a step of `prune_to_budget` each; a ratio is a share
-    of the parameters and, alike, of the multiply-accumulates, and `ratios` rise. With `fine_tune` a copy of what was
-    cut is trained by it, in place, and measured instead.
-
-    `keep` is given all points after each new one. Of the `known` points of an interrupted sweep those are not measured
-    again whose network costs what it did then; the networks are cut again, from the first ratio of a criterion that
-    was not finished. Raises UserError when the highest ratio cannot be met.
+    Each criterion prunes one copy of the network, one step of `prune_to_budget` per ratio. With `fine_tune` a copy of
+    the pruned network is trained by it, in place, and measured instead. `save` gets all points after each new one.
+    `points` are those of an interrupted sweep. They are not measured again if the network costs the same; the pruning
+    itself is repeated from the first ratio of an unfinished criterion.
     """
-    points = {(point["criterion"], point["ratio"]): point for point in known}
 
-    def prune(name: str) -> None:
+    network: nn.Module
+    ratios: Sequence[float]
+    images: PruneImages
+    test: ImageSet
+    compute: Compute
+    seed: int = 0
+    fine_tune: Callable[[nn.Module], None] | None = None
+    save: Callable[[list[dict[str, Any]]], None] = lambda points: None
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Measure all points: each with its `criterion`, `ratio`, accuracy and costs.
+
+        Raises UserError when the highest ratio cannot be met.
+        """
+        criteria = sweep_criteria()
+        known = {(point["criterion"], point["ratio"]): point for point in self.points}
+        with progress_bar("Sweep", "network", len(criteria) * len(self.ratios), initial=len(known)) as bar:
+            for name, make_importance in criteria.items():
+                if not all((name, ratio) in known for ratio in self.ratios):
+                    say(f"{name}:")
+                    self._prune(name, make_importance(), known, bar.update)
+        return [known[name, ratio] for name in criteria for ratio in self.ratios]
+
+    def _prune(
+        self,
+        name: str,
+        importance: tp.importance.Importance,
+        known: dict[tuple[str, float], dict[str, Any]],
+        advance: Callable[[], Any],
+    ) -> None:
         def measure(step: int, pruned: nn.Module, _: nn.Module) -> None:
-            key = name, ratios[step - 1]
-            before = points.get(key)
-            if before and _costs(pruned, test).items() <= before.items():
+            key = name, self.ratios[step - 1]
+            earlier = known.get(key)
+            if earlier and _costs(pruned, self.test).items() <= earlier.items():
                 return
-            if fine_tune:
-                pruned = copy.deepcopy(pruned)
-                with torch.random.fork_rng(devices=[]):  # a random choice draws what it draws without
-                    torch.manual_seed(seed)
-                    fine_tune(pruned)
-            points[key] = {"criterion": name, "ratio": ratios[step - 1], **measure_network(pruned, test, compute)}
-            keep(list(points.values()))
-            say(f"{name}, {100 * ratios[step - 1]:g}% removed: accuracy {points[key]['accuracy_percent']:.2f}%")
-            if not before:
-                tick()
+            known[key] = {"criterion": name, "ratio": key[1], **self._measure(pruned)}
+            self.save(list(known.values()))
+            say(f"{name}, {100 * key[1]:g}% removed: accuracy {known[key]['accuracy_percent']:.2f}%")
+            if not earlier:
+                advance()
 
-        torch.manual_seed(seed)
-        steps = [ratio / ratios[-1] for ratio in ratios]
+        torch.manual_seed(self.seed)
+        highest = self.ratios[-1]
+        steps = [ratio / highest for ratio in self.ratios]
+        settings = PruneSettings(highest, highest, steps, ROUND_TO)
         try:
-            prune_to_budget(
-                copy.deepcopy(network),
-                CRITERIA[name](),
-                calibration,
-                repair_on,
-                compute,
-                parameters_ratio=ratios[-1],
-                macs_ratio=ratios[-1],
-                steps=steps,
-                batch_size=batch_size,
-                round_to=ROUND_TO,
-                after_step=measure,
-            )
+            prune_to_budget(copy.deepcopy(self.network), importance, self.images, self.compute, settings, measure)
         except BudgetMissed as error:
             raise UserError(
-                f"--ratios {ratios[-1]:g} cannot be met in this network by {name}: the nearest is {error.nearest}. "
+                f"--ratios {highest:g} cannot be met in this network by {name}: the nearest is {error.nearest}. "
                 "Ask for less"
             ) from error
 
-    with one_bar("Sweep", "network", total=len(CRITERIA) * len(ratios), done=len(points)) as tick:
-        for name in CRITERIA:
-            if not all((name, ratio) in points for ratio in ratios):
-                say(f"{name}:")
-                prune(name)
-    return [points[name, ratio] for name in CRITERIA for ratio in ratios]
+    def _measure(self, pruned: nn.Module) -> dict[str, Any]:
+        if self.fine_tune:
+            pruned = copy.deepcopy(pruned)
+            with torch.random.fork_rng(devices=[]):  # random choice must draw the same numbers with and without
+                torch.manual_seed(self.seed)
+                self.fine_tune(pruned)
+        return measure_network(pruned, self.test, self.compute)
 
 
 def _costs(network: nn.Module, images: ImageSet) -> dict[str, int]:

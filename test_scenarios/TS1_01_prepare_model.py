@@ -1,96 +1,82 @@
-"""TS1, script 1 of 3: prepare ResNet-18 for CIFAR-10.
+"""Script 1 of 5: prepare the network for the dataset.
 
-Downloads the ImageNet-pretrained network and the dataset, adapts the network to 32x32 images and 10 classes,
-measures it, fine-tunes it, and prints what that changed. Scripts 2 and 3 prune the network it leaves. With --weights
-FILE it starts from your own weights; with --epochs 0 as well it takes a trained network as it is.
+Downloads pretrained weights and the dataset, adapts the network to the dataset, measures it, fine-tunes it, and
+prints a table of before and after. Scripts 2 and 3 prune this network. With --weights FILE it starts from your own
+weights; with --epochs 0 as well it takes a trained network as it is. An interrupted run resumes with the same
+command.
 
     python test_scenarios/TS1_01_prepare_model.py
     python test_scenarios/TS1_01_prepare_model.py --dataset Digits --weights none --epochs 3    # a minute on a CPU
     python test_scenarios/TS1_01_prepare_model.py --weights my_resnet18.pth --epochs 0
 """
-from cleanai import cli
-from cleanai.report.run_text import origin_lines, preparation_table
-from cleanai.runtime.checkpoints import find_checkpoint, find_record, write_record
+
+from cleanai import cli, stages
+from cleanai.exit import run_script
+from cleanai.report.run_text import preparation_table
+from cleanai.report.wording import origin_lines, wrapped
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
 SCENARIO = "TS1"
 MODEL = "ResNet18"
-DATASET = "CIFAR10"
-WEIGHTS = "imagenet"  # or "none", or a file
-EPOCHS = 20
-BATCH_SIZE = 128  # if GPU memory runs out: 64 or 32
-LEARNING_RATE = 0.001  # the peak; it rises to it, then falls to zero
-WEIGHT_DECAY = 0.0  # of Adam
-SEED = 0
+SETTINGS = {  # each is also an option: --batch-size, --weight-decay, ...
+    "dataset": "CIFAR10",
+    "weights": "imagenet",  # or "none", or a file
+    "epochs": 20,
+    "batch_size": 128,  # if GPU memory runs out: 64 or 32
+    "lr": 0.001,  # the peak, between a linear rise and a linear fall
+    "weight_decay": 0.0,
+    "train_samples": None,  # all
+    "seed": 0,
+    "precision": "auto",
+}
 
 
 def main():
-    args = cli.parse(
-        __doc__,
-        dataset=DATASET,
-        weights=WEIGHTS,
-        epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-        lr=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        train_samples=None,
-        seed=SEED,
-        precision="auto",
-    )
+    args = cli.parse(f"{SCENARIO}, {MODEL}. {__doc__}", SETTINGS)
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir)
-    finished = scenario.final.exists() and not args.fresh
-    record = find_record(scenario.record, args.config) if finished else None
-    if record:
-        print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
-    else:
+    record = stages.finished_record(scenario, args)
+    if record is None:
         with only_run(scenario):
-            record = prepare(args, scenario)
-            write_record(scenario.record, record)
-    print(f"\n{origin_lines(record)}\n\n{preparation_table(record)}\n\nFine-tuned model: {scenario.fine_tuned}")
+            record = prepare(scenario, args)
+            stages.save_record(scenario, record)
+    print("", *map(wrapped, origin_lines(record)), "", preparation_table(record), "", sep="\n")
+    print(f"Fine-tuned model: {scenario.fine_tuned}")
 
 
-def prepare(args, scenario):
+def prepare(scenario, args):
     # PyTorch takes seconds to import: only when there is work to do.
     import torch
 
-    from cleanai.data.sources import load_images
     from cleanai.measure.costs import count_parameters
-    from cleanai.measure.provenance import checkpoint_facts, describe_run
-    from cleanai.network.evaluation import evaluate
     from cleanai.network.models import build, save_network
     from cleanai.network.training import TrainSettings, fine_tune
-    from cleanai.network.weights import begin_with
-    from cleanai.runtime.compute import choose_compute
+    from cleanai.network.weights import start_from
+    from cleanai.runtime.checkpoints import find_checkpoint
     from cleanai.runtime.distributed import end_all_but_first
 
-    compute = choose_compute(args.device, args.precision, args.deterministic)
-    print(compute.description)
+    # Load: the device, the images, and the network with the weights that it starts from.
     if args.weights not in ("imagenet", "none"):
         scenario.refuse_own_file(args.weights)
-    images = load_images(args.dataset, args.data_dir)
-    images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
-
-    torch.manual_seed(args.seed)  # the layers that no pretrained weights fill begin at random
-    network = build(MODEL, len(images.classes))
-    network = compute.place(begin_with(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0))
+    run = stages.open_run(scenario, args)
+    torch.manual_seed(args.seed)  # for the layers without pretrained weights
+    network = build(MODEL, len(run.images.classes))
+    start_from(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0)
+    network = run.compute.place(network)
     if args.fresh:
         scenario.remove_outputs()
-    facts = checkpoint_facts(scenario, images, compute, args.config)
-    find_checkpoint(scenario.pretrained, facts["config"])  # an interrupted run with other settings is refused here
-    save_network(scenario.pretrained, network, facts)
+    find_checkpoint(scenario.pretrained, run.facts["config"])  # refuses an interrupted run with other settings
+    save_network(scenario.pretrained, network, run.facts)
+    run.evaluate("before fine-tuning", network)
 
-    before = evaluate(network, images.test, compute)
-    print(f"Before fine-tuning: test loss {before.loss:.4f}, test accuracy {before.accuracy_percent:.2f}%")
-
-    settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed)
-    # The last epoch's network is the result, whichever was best on the test images.
-    history, after = fine_tune(network, images, compute, scenario, facts, settings)
+    # Fine-tune. The network of the last epoch is the result, whichever was best on the test images.
+    history, after = fine_tune(network, run.images, run.compute, TrainSettings.of(args), scenario, run.facts)
     end_all_but_first()  # of several processes, as torchrun starts them
 
-    parameters = count_parameters(network)
+    # Report: before and after.
+    before, parameters = run.evaluations["before fine-tuning"], count_parameters(network)
     return {
-        **describe_run(scenario, images, compute, args.config),
+        **run.description(),
         "models": {
             "before": {"accuracy_percent": before.accuracy_percent, "loss": before.loss, **parameters},
             "after": {"accuracy_percent": after.accuracy_percent, "loss": after.loss, **parameters},
@@ -100,4 +86,4 @@ def prepare(args, scenario):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

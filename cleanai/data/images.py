@@ -1,18 +1,21 @@
-"""Images as tensors: uint8 pixels and labels on the compute device, batches made there by indexing.
+"""Images as tensors: uint8 pixels and labels on the compute device, where batches are made by indexing.
 
-CIFAR-10 is 184 MB as uint8. Held on the device it needs no worker processes, so the same code runs on Windows, on a
-laptop, and on a GPU that would otherwise wait for its data.
+CIFAR-10 is 184 MB as uint8. On the device it needs no worker processes, so the same code runs on Windows, on a laptop,
+and on a GPU that would otherwise wait for its data.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from cleanai import UserError
+from cleanai.runtime.compute import Compute
+from cleanai.runtime.progress import progress
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ImageSet:
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
     def sample(self, count: int, seed: int) -> ImageSet:
-        """`count` of the images (all, if there are fewer), chosen at random and evenly over the classes."""
+        """`count` of the images (or all), a seeded random choice that is balanced over the classes."""
         return self.select(balanced_order(self.labels, seed)[:count])
 
     def to(self, device: torch.device) -> ImageSet:
@@ -45,15 +48,20 @@ class ImageSet:
         for start in range(0, len(self), size):
             yield self._normalised(self.pixels[start : start + size]), self.labels[start : start + size]
 
+    def batches_for(self, compute: Compute, title: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """As `batches`, in a size that suits the device, under a progress bar."""
+        size = max(1, compute.inference_pixels // self.pixels[0, 0].numel())
+        return progress(self.batches(size), title, "batch", total=-(-len(self) // size))
+
     def augmented_batch(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised inputs and labels at `indices`, each image moved as `draw_moves` said."""
+        """Normalised inputs and labels at `indices`, each image shifted and flipped by `moves` (see `draw_moves`)."""
         chosen = self.select(indices).augmented(moves)
         return chosen._normalised(chosen.pixels), chosen.labels
 
     def augmented(self, moves: torch.Tensor) -> ImageSet:
-        """The same images, each moved as `draw_moves` said; what comes into view is black.
+        """The same images, each shifted and flipped by `moves` (see `draw_moves`), with black borders.
 
-        As with torchvision's RandomCrop, but for the whole batch at once, on the images' device.
+        Does what torchvision's RandomCrop does, for the whole batch at once, on the images' device.
         """
         device, (height, width) = self.pixels.device, self.pixels.shape[-2:]
         down, right, flipped = moves.unsqueeze(-1).unbind(1)  # (N, 1) each
@@ -62,15 +70,15 @@ class ImageSet:
         columns = torch.where(flipped > 0, width - 1 - columns, columns) + right  # (N, W)
         padded = F.pad(self.pixels, (_reach(height),) * 4)
         image = torch.arange(len(self), device=device)
-        # Indices around a slice put the channels last: (N, H, W, 3), which is the memory order the network wants.
+        # Indices around a slice put the channels last: (N, H, W, 3), the memory order that convolutions are fastest in.
         pixels = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return replace(self, pixels=pixels.permute(0, 3, 1, 2))
 
     def draw_moves(self, count: int, mirror: bool, generator: torch.Generator) -> torch.Tensor:
-        """How `count` images are to be moved, at random: (count, 3) int64, pixels down and right, and 1 for a flip.
+        """Random shifts and flips for `count` images: (count, 3) int64, pixels down, pixels right, 1 for a flip.
 
-        A shift moves an image by up to an eighth of its side. `generator` is on the CPU, so that every device sees the
-        same draws; they go to the images' device in one transfer.
+        A shift is at most an eighth of the image's side. `generator` is on the CPU, so that every device gets the same
+        random numbers, in one transfer.
         """
         shifts = torch.randint(0, 2 * _reach(self.pixels.shape[-2]) + 1, (count, 2), generator=generator)
         flips = torch.randint(0, 2, (count, 1), generator=generator) if mirror else torch.zeros(count, 1).long()
@@ -83,12 +91,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Images:
-    """A dataset: training and test images, the names of the classes, and where it all came from."""
+    """A dataset: training and test images, the names of the classes, and the source of the images."""
 
     train: ImageSet
     test: ImageSet
     classes: Sequence[str]
-    mirror: bool  # whether a mirrored image still shows its class
+    mirror: bool  # a mirrored image still shows its class
     source: str
 
     def to(self, device: torch.device) -> Images:
@@ -96,7 +104,7 @@ class Images:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def with_train_samples(self, count: int | None, seed: int) -> Images:
-        """The same with `count` training images, chosen at random and evenly over the classes; None keeps all."""
+        """The same with `count` training images, see `ImageSet.sample`. None keeps all."""
         if count is None:
             return self
         if count > len(self.train):
@@ -104,28 +112,26 @@ class Images:
         return replace(self, train=self.train.sample(count, seed))
 
     def repair_sample(self, count: int, seed: int) -> ImageSet:
-        """`count` training images, evenly over the classes, shifted and mirrored as the network saw them in training.
+        """`count` training images, balanced over the classes, augmented as in training.
 
-        Batch norm recalibrated on images as they are would not fit: on the very network it had been trained with, that
-        alone took two points of its accuracy (84.2% to 82.2%, on CIFAR-10), and on these none (84.2%).
+        Batch norm statistics of images without augmentation cost accuracy (docs/method.md).
         """
         chosen = self.train.sample(count, seed)
         return chosen.augmented(chosen.draw_moves(len(chosen), self.mirror, torch.Generator().manual_seed(seed)))
 
     def require_classes(self, classes: Sequence[str], checkpoint: Path) -> None:
-        """Raise UserError when a network in `checkpoint`, made for `classes`, was made for others than these."""
+        """Raise UserError when these classes are not the `classes` that the network in `checkpoint` was made for."""
         if list(classes) != list(self.classes):
             raise UserError(
-                f"{checkpoint} tells {len(classes)} classes apart ({', '.join(classes[:3])}, ...), and the dataset has "
+                f"{checkpoint} is for {len(classes)} classes ({', '.join(classes[:3])}, ...), and the dataset has "
                 f"{len(self.classes)} ({', '.join(self.classes[:3])}, ...): prepare a model for it in another "
                 "--checkpoints-dir"
             )
 
     def calibration_split(self, count: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
-        """`count` test images to measure channels on, and the indices of the held-out others.
+        """`count` test images for calibration, and the indices of the other, held-out test images.
 
-        A quarter of the test images at least is held out, so that accuracy can be told on images no channel was
-        measured on.
+        At least a quarter of the test images is held out, for an accuracy that the calibration did not influence.
         """
         order = balanced_order(self.test.labels, seed)
         count = min(count, len(order) * 3 // 4)
@@ -137,9 +143,9 @@ def _reach(side: int) -> int:
 
 
 def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """A seeded random order (N,) of which every beginning holds the classes in nearly their overall shares.
+    """A seeded random order (N,) in which every prefix holds the classes in nearly their overall shares.
 
-    An image folder is sorted by class: a subset taken from its front would hold only some of them.
+    An image folder is sorted by class: its first images show only some of the classes.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = labels.cpu()

@@ -1,4 +1,5 @@
 """Where images come from: an embedded dataset, a folder of image files, or torchvision's download."""
+
 from __future__ import annotations
 
 import tarfile
@@ -17,14 +18,14 @@ from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import one_line, remove_leftovers, write_bytes
 from cleanai.runtime.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset
 
-DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, and a four-stage ResNet wants some positions left at its end
+DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, too few for the four stages of a ResNet
 
 
-@first_before_others()  # of several processes: what the first one downloads or decodes is there for all
+@first_before_others()  # the first process downloads and decodes for all
 def load_images(dataset: str, data_dir: Path) -> Images:
     """Load a dataset by name, on the CPU.
 
-    The first of these that is there: the embedded dataset; an image folder
+    The first of these that exists: the embedded dataset; an image folder
     `data_dir/<dataset>/{train,test}/<class>/*.{png,jpg}`; torchvision's dataset, downloaded when missing.
     Raises UserError when there is none, or an image is broken.
     """
@@ -49,7 +50,7 @@ def load_images(dataset: str, data_dir: Path) -> Images:
 
 
 def _digits() -> tuple[tuple, tuple, list[str]]:
-    from sklearn.datasets import load_digits  # takes a second to import, and only the demo and the tests need it
+    from sklearn.datasets import load_digits  # takes a second to import
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # (N, 1, 8, 8), 16 grey levels
@@ -66,7 +67,7 @@ def _cifar10(data_dir: Path) -> tuple[tuple, tuple, list[str]]:
     remove_leftovers(archive, *places.values())
     try:
         parts = _extracted_cifar10(data_dir)
-    except RuntimeError:  # torchvision's word for files that are missing or have another checksum
+    except RuntimeError:  # torchvision's error for files that are missing or have another checksum
         if not archive.exists():
             _download(archive)
         elif not check_integrity(str(archive), datasets.CIFAR10.tgz_md5):
@@ -90,7 +91,10 @@ def _extracted_cifar10(data_dir: Path) -> list[datasets.CIFAR10]:
 def _download(archive: Path) -> None:
     url = datasets.CIFAR10.url
     try:
-        download(url, archive, "md5", datasets.CIFAR10.tgz_md5)
+        download(url, archive)
+        if not check_integrity(str(archive), datasets.CIFAR10.tgz_md5):
+            archive.unlink()
+            raise OSError("the download is incomplete or not the published file: its MD5 differs")
     except FAILURES as error:
         raise UserError(
             f"CIFAR-10 could not be downloaded ({one_line(error)}): put {url} by hand at {archive}, "
@@ -99,7 +103,7 @@ def _download(archive: Path) -> None:
 
 
 def _places(data_dir: Path) -> dict[str, Path]:
-    """Where those members of the archive go that are wanted, by their names in it: none can lead elsewhere."""
+    """The target paths of the members that are needed, by name: no other member is extracted."""
     cifar10 = datasets.CIFAR10
     wanted = [cifar10.meta["filename"], *(name for name, _ in [*cifar10.train_list, *cifar10.test_list])]
     return {f"{cifar10.base_folder}/{name}": data_dir / cifar10.base_folder / name for name in wanted}
@@ -113,12 +117,11 @@ def _extract(archive: Path, places: dict[str, Path]) -> None:
 
 
 def _channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Exact for any number of images: 256 counts per channel hold all there is to know.
+    # Exact for any number of images: from 256 counts per channel.
     levels = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)])
     shares = counts.double() / counts.sum(1, keepdim=True)
     mean = shares @ levels
     variance = shares @ levels**2 - mean**2
-    # A channel that is constant over the whole dataset says nothing; it must not be divided by zero.
+    # A constant channel must not be divided by zero.
     return mean.float(), variance.clamp_min(1e-4).sqrt().float()
-

@@ -1,4 +1,5 @@
-"""How long networks take: one image, and batches, in turns so that a drifting machine touches all alike."""
+"""Latency and throughput of networks, measured in turns, so that a drifting machine affects all alike."""
+
 from __future__ import annotations
 
 import collections
@@ -19,7 +20,7 @@ LATENCY_CALLS = 10  # per turn
 THROUGHPUT_TURNS = 12
 THROUGHPUT_BATCH = 128
 MOST_WARM_UP_TURNS = 10
-STABLE = 0.05  # a turn takes as long as the one before, give or take this share
+STABLE = 0.05  # warm-up ends when two turns differ by at most this share
 
 
 def time_networks(
@@ -31,10 +32,10 @@ def time_networks(
 ) -> dict[str, dict[str, Any]]:
     """Latency of one image and throughput of batches of 128, in evaluation and inference mode, per network.
 
-    The networks' weights are of `dtype`, and so is what they get. `latency_ms` holds the mean, the percentiles p50, p90
+    The networks' weights and inputs are of `dtype`. `latency_ms` holds the mean, the percentiles p50, p90
     and p99, and n, the number of timed calls; `latency_quantiles_ms` the percentiles p2, p4, ... p98, to draw them;
     `throughput_images_per_s` is images over seconds. With `cuda_graphs` `latency_cuda_graph_ms` is as `latency_ms`,
-    without Python between the layers.
+    measured inside a CUDA graph.
     """
     single = next(images.batches(1))[0].to(dtype)
     batch = next(images.select(torch.arange(THROUGHPUT_BATCH) % len(images)).batches(THROUGHPUT_BATCH))[0].to(dtype)
@@ -65,11 +66,10 @@ def time_networks(
 def time_in_turns(
     calls: dict[str, Callable[[], Any]], turns: int, calls_per_turn: int, compute: Compute, title: str
 ) -> dict[str, list[float]]:
-    """Seconds of each single call, by name, after a warm-up that lasts until turns take equally long.
+    """Seconds of each single call, by name, after a warm-up until turns take equally long.
 
-    In each turn everything is called, and each turn begins with the next of them: who comes first after whom makes a
-    difference of some percent. Those two thirds of the turns are kept that were shortest all together: what else the
-    machine did in the others says nothing of the networks, and no network is favoured.
+    Each turn calls everything, and each begins with another: the order makes a difference of some percent. The fastest
+    two thirds of the turns count; the others were slowed by other work on the machine. No network is favoured.
     """
     order = collections.deque(calls)
 
@@ -116,7 +116,7 @@ def _seconds(call: Callable[[], Any], compute: Compute) -> float:
 
 
 def _recorded(network: nn.Module, inputs: torch.Tensor) -> Callable[[], None]:
-    """The network's work on these inputs as a CUDA graph, to be replayed."""
+    """A CUDA graph of the network's work on these inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

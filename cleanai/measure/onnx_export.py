@@ -1,4 +1,5 @@
-"""Networks as ONNX: written, checked against PyTorch, and timed beside it. Needs the packages of the extra "onnx"."""
+"""ONNX export: written, checked against PyTorch, and timed beside it. Needs the packages of the extra "onnx"."""
+
 from __future__ import annotations
 
 import copy
@@ -23,20 +24,20 @@ from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import Scenario
 
 CHECKED_IMAGES = 128
-TOLERANCE = 1e-3  # of the largest output; sums in another order give about 1e-6 in float32
+TOLERANCE = 1e-3  # of the largest output; rounding gives about 1e-6 in float32
 INPUT, OUTPUT = "images", "logits"
 
 
 def export_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
     """Write `network` as ONNX; return the largest absolute difference of its outputs from PyTorch's on `images`.
 
-    The file holds float32 weights with batch norm folded into the convolutions, and takes `images` (B, 3, H, W),
-    normalised, in batches of any size; these here are three or more. Nothing is written, and UserError raised, when
+    The file holds float32 weights with batch norm folded into the convolutions. Its input `images` (B, 3, H, W) is
+    normalised, with any batch size. At least three images are needed here. Raises UserError, and writes nothing, when
     the outputs differ by more than rounding.
     """
     network = copy.deepcopy(network).cpu().float().eval()
     images = images.cpu().float().contiguous()
-    model = _onnx_model(network, images[:2])  # fewer than are checked: the size of a batch must not be fixed
+    model = _onnx_model(network, images[:2])  # fewer than are checked below: the batch size must be free
     with torch.inference_mode():
         expected = network(images)
     given = torch.from_numpy(_session(model).run([OUTPUT], {INPUT: images.numpy()})[0])
@@ -51,10 +52,10 @@ def export_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
 
 
 def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
-    """Export the final network of a finished pruning script; the `export` of its record.
+    """Export the final network of a finished pruning script; return the entry `export` of its record.
 
-    `latency_ms` holds, for ONNX Runtime and for PyTorch, the time of one image on the CPU in float32 for the networks
-    original, pruned and fine_tuned. All of them take turns, with the same number of threads.
+    `latency_ms` holds the latency of one image on the CPU in float32, in ONNX Runtime and in PyTorch, for the networks
+    original, pruned and fine_tuned, in turns, with the same number of threads.
     """
     compute = choose_compute("cpu", "float32")
     end_all_but_first()
@@ -90,7 +91,7 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
 
 def _onnx_model(network: nn.Module, example: torch.Tensor) -> bytes:
     # Both exporters fold batch norm into the convolutions of a network in evaluation mode.
-    # PyTorch 2.9 deprecates the exporter that it had before; the newer one counts as finished from there on.
+    # PyTorch 2.9 deprecates the older exporter.
     if torch.__version__ >= (2, 9):
         batch = {"dynamo": True, "dynamic_shapes": ({0: "batch"},), "external_data": False, "verbose": False}
     else:
@@ -105,6 +106,6 @@ def _session(model: bytes) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU, with as many threads as PyTorch."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads wait for the next call by spinning, and would slow down what is timed in the next turn.
+    # Idle threads would spin and slow down the next turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

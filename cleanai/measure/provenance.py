@@ -1,4 +1,5 @@
-"""What a result says about where it came from."""
+"""Where a result comes from: settings, environment, dataset; and the warnings about it."""
+
 from __future__ import annotations
 
 import math
@@ -15,20 +16,21 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.scenario import Scenario
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
-FEW_CHANNELS = 1 / 8  # of a layer's: pruning leaves a tenth at least, and widths are multiples of 8 or more
+FEW_CHANNELS = 1 / 8  # share of a layer's channels; pruning keeps a tenth or more
 
 
 def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
-    """What stands in a checkpoint beside its weights, so that they can be used and an earlier run recognised.
-
-    To the settings in `config` it adds what an interrupted run must find again to be the same run.
-    """
-    how = ", deterministic" if compute.deterministic and compute.device.type == "cuda" else ""
+    """The entries of a checkpoint besides its weights. `config` with the conditions of the run identifies it."""
+    if compute.device.type == "cuda":
+        how = ", deterministic" if compute.deterministic else ""
+    else:  # another number of threads sums in another order
+        how = f", CPU threads: {torch.get_num_threads()}"
     conditions = f"{compute.precision}{how}, {len(images.train):,} + {len(images.test):,} images from {images.source}"
     return {
         "model": scenario.model,
         "dataset": scenario.dataset,
         "classes": list(images.classes),
+        "image_size": list(images.train.pixels.shape[-2:]),
         "mean": images.train.mean.tolist(),
         "std": images.train.std.tolist(),
         "config": {**config, "conditions": conditions},
@@ -38,7 +40,7 @@ def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, confi
 def describe_run(
     scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any], calibration_images: int | None = None
 ) -> dict[str, Any]:
-    """The parts of a record that are no measurements: scenario, configuration, environment and dataset."""
+    """The entries of a record that are not measured: scenario, configuration, environment and dataset."""
     return {
         "scenario": scenario.name,
         "method": scenario.method,
@@ -55,7 +57,7 @@ def describe_run(
 
 
 def describe_environment(compute: Compute) -> dict[str, Any]:
-    """What a measurement was made on and with."""
+    """The machine and the versions of the packages."""
     return {
         "device": compute.device_name,
         "device_type": compute.device.type,
@@ -71,16 +73,15 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
 
 
 def find_warnings(models: dict[str, Any], layers: list[dict[str, Any]], images: Images) -> list[str]:
-    """What a reader must not overlook in a pruning script's record: sentences, none when all is well.
+    """Warnings about a pruning script's record, from its `models` and `layers`.
 
-    A network is at chance level when what it knows beyond guessing among the classes is a tenth at most of what the
-    original network knows, or within three standard deviations of guessing on the test images. `models` and `layers`
-    are those of the record.
+    A network is at chance level when its accuracy above guessing is at most a tenth of the original network's, or
+    within three standard deviations of guessing on the test images.
     """
     guessing = 1 / len(images.classes)
-    known = max(0.0, models["original"]["accuracy_percent"] / 100 - guessing)
+    above_guessing = max(0.0, models["original"]["accuracy_percent"] / 100 - guessing)
     noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
-    limit_percent = 100 * (guessing + max(known / 10, noise))
+    limit_percent = 100 * (guessing + max(above_guessing / 10, noise))
     stages = {"original": "The original network", "pruned": "The pruned network", "fine_tuned": "The final network"}
     warnings = [
         f"{stage} is at chance level: {models[name]['accuracy_percent']:.2f}% accuracy, and guessing among "
@@ -91,5 +92,5 @@ def find_warnings(models: dict[str, Any], layers: list[dict[str, Any]], images: 
     thin = [layer for layer in layers if layer["channels_after"] <= FEW_CHANNELS * layer["channels_before"]]
     if thin:
         widths = ", ".join(f"{x['name']} {x['channels_after']} of {x['channels_before']}" for x in thin)
-        warnings.append(f"Hardly any channels are left in {widths}")
+        warnings.append(f"Few channels remain in {widths}")
     return warnings

@@ -1,8 +1,10 @@
-"""What a report tells beyond the totals: the networks layer by layer, class by class, and by test coverage."""
+"""The measured part of a pruning script's record: the networks in total, by layer, by class, and by test coverage."""
+
 from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,55 +12,98 @@ from PIL import Image
 from torch import nn
 
 from cleanai.data.images import Images, ImageSet
-from cleanai.measure.costs import count_layers
-from cleanai.measure.coverage import measure_coverage, record_profiles
+from cleanai.measure.costs import count_layers, count_macs, count_parameters, size_mib
+from cleanai.measure.coverage import THRESHOLD, measure_coverage, record_profiles
+from cleanai.measure.latency import time_networks
+from cleanai.measure.significance import pack
 from cleanai.network.activations import record_statistics
 from cleanai.network.evaluation import Evaluation
-from cleanai.pruning.criteria import NeuronCoverageImportance
 from cleanai.runtime.compute import Compute
 
-COVERAGE_IMAGES = 1024  # of the test images, and of the training images for the ranges: seconds, not minutes
-THRESHOLD = 0.25  # above which a neuron counts as active
+COVERAGE_IMAGES = 1024  # test images, and training images for the ranges: seconds, not minutes
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 
 
-def measure_details(
+@dataclass(frozen=True)
+class Split:
+    """The test images for calibration, and the indices (N,) of the held-out ones."""
+
+    calibration: ImageSet
+    heldout: torch.Tensor
+
+
+def measure_results(
     networks: dict[str, nn.Module],
     evaluations: dict[str, Evaluation],
     images: Images,
-    calibration: ImageSet,
+    split: Split,
     compute: Compute,
     seed: int,
 ) -> dict[str, Any]:
-    """The `layers`, `classes`, `newly_wrong` and `coverage` of a record, for the networks original, pruned, fine_tuned.
+    """The measured entries of a record, for the networks original, pruned and fine_tuned.
 
-    `evaluations` are theirs on all test images. Coverage is measured on the first of `calibration`, against what the
-    neurons did on as many training images, drawn with `seed`.
+    `evaluations` are on all test images. docs/reading-results.md describes the entries.
     """
+    models = _measure_models(networks, evaluations, images.test, split.heldout, compute)
+    is_heldout = torch.zeros(len(images.test), dtype=torch.bool)
+    is_heldout[split.heldout] = True
     classes = compare_classes(evaluations, images)
-    profiled = images.train.sample(COVERAGE_IMAGES, seed)
-    covered = calibration.select(torch.arange(min(COVERAGE_IMAGES, len(calibration))))
     return {
+        "models": models,
+        "heldout_bits": pack(is_heldout),
+        "summary": _summary(models),
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
-        "coverage": {
-            "profile_images": len(profiled),
-            "images": len(covered),
-            "threshold": THRESHOLD,
-            "models": {
-                name: _coverage(network, profiled, covered, compute, name.replace("_", "-"))
-                for name, network in networks.items()
-            },
-        },
+        "coverage": _compare_coverage(networks, images.train, split.calibration, compute, seed),
+    }
+
+
+def _measure_models(
+    networks: dict[str, nn.Module],
+    evaluations: dict[str, Evaluation],
+    test: ImageSet,
+    heldout: torch.Tensor,
+    compute: Compute,
+) -> dict[str, dict[str, Any]]:
+    example = next(test.batches(1))[0]
+    speed = time_networks(networks, test, compute)
+    return {
+        name: {
+            "accuracy_percent": evaluations[name].accuracy_percent,
+            "accuracy_heldout_percent": 100 * evaluations[name].correct[heldout].double().mean().item(),
+            "loss": evaluations[name].loss,
+            "size_mib": size_mib(network),
+            "parameters": count_parameters(network)["parameters"],
+            "macs": count_macs(network, example),
+            **speed[name],
+            "correct_bits": pack(evaluations[name].correct),
+        }
+        for name, network in networks.items()
+    }
+
+
+def _summary(models: dict[str, dict[str, Any]]) -> dict[str, float]:
+    original, pruned, final = models["original"], models["pruned"], models["fine_tuned"]
+
+    def reduction_percent(key: str) -> float:
+        return 100 * (1 - final[key] / original[key])
+
+    return {
+        "parameter_reduction_percent": reduction_percent("parameters"),
+        "macs_reduction_percent": reduction_percent("macs"),
+        "size_reduction_percent": reduction_percent("size_mib"),
+        "speedup": original["latency_ms"]["mean"] / final["latency_ms"]["mean"],
+        "accuracy_recovery_points": final["accuracy_percent"] - pruned["accuracy_percent"],
+        "final_accuracy_drop_points": final["accuracy_percent"] - original["accuracy_percent"],
     }
 
 
 def compare_classes(evaluations: dict[str, Evaluation], images: Images) -> list[dict[str, Any]]:
-    """Of each class its name, number of test images, and accuracy of each network.
+    """Per class its name, number of test images, the accuracy of each network, and the numbers of changed images.
 
-    And how many of its images the final network newly gets wrong and newly gets right, compared with the original.
+    `newly_wrong` are images that only the original network classifies correctly, `newly_right` only the final one.
     """
     labels = images.test.labels.cpu()
     correct = {name: evaluation.correct for name, evaluation in evaluations.items()}
@@ -71,7 +116,7 @@ def compare_classes(evaluations: dict[str, Evaluation], images: Images) -> list[
             {
                 "name": name,
                 "images": count,
-                **{f"{stage}_percent": 100 * int(hits[members].sum()) / count for stage, hits in correct.items()},
+                **{f"{stage}_percent": 100 * int(flags[members].sum()) / count for stage, flags in correct.items()},
                 "newly_wrong": int((before & ~after)[members].sum()),
                 "newly_right": int((after & ~before)[members].sum()),
             }
@@ -80,21 +125,21 @@ def compare_classes(evaluations: dict[str, Evaluation], images: Images) -> list[
 
 
 def _compare_layers(before: nn.Module, after: nn.Module, example: torch.Tensor) -> list[dict[str, Any]]:
-    whole, cut = count_layers(before, example), count_layers(after, example)
+    counts_before, counts_after = count_layers(before, example), count_layers(after, example)
     return [
         {
             "name": name,
-            **{f"{key}_before": count for key, count in whole[name].items()},
-            **{f"{key}_after": count for key, count in cut[name].items()},
+            **{f"{key}_before": count for key, count in counts_before[name].items()},
+            **{f"{key}_after": count for key, count in counts_after[name].items()},
         }
-        for name in whole
+        for name in counts_before
     ]
 
 
 def _newly_wrong(
     network: nn.Module, evaluations: dict[str, Evaluation], classes: list[dict[str, Any]], images: Images
 ) -> list[dict[str, Any]]:
-    """Test images that `network` gets wrong and the original did not, of the classes that lost most accuracy."""
+    """Test images that only the original network classifies correctly, of the classes that lost most accuracy."""
     lost = evaluations["original"].correct & ~evaluations["fine_tuned"].correct
     labels = images.test.labels.cpu()
     changes = [row["fine_tuned_percent"] - row["original_percent"] for row in classes]
@@ -110,16 +155,16 @@ def _newly_wrong(
     inputs, right = next(shown.batches(len(shown)))
     with torch.inference_mode():
         outputs = network.eval()(inputs).float()
-    # Of the wrong answers: in another precision an image on the edge might be recognised here.
-    taken_for = outputs.scatter(1, right[:, None], -torch.inf).argmax(1)
+    # Among the wrong classes: in another precision a borderline image might be classified correctly here.
+    predicted = outputs.scatter(1, right[:, None], -torch.inf).argmax(1)
     return [
         {
             "index": index,
             "class": images.classes[label],
-            "taken_for": images.classes[wrong],
+            "predicted": images.classes[wrong],
             "png_base64": _thumbnail(pixels),
         }
-        for index, label, wrong, pixels in zip(chosen, right.tolist(), taken_for.tolist(), shown.pixels)
+        for index, label, wrong, pixels in zip(chosen, right.tolist(), predicted.tolist(), shown.pixels)
     ]
 
 
@@ -132,21 +177,36 @@ def _thumbnail(pixels: torch.Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute: Compute, name: str) -> dict[str, Any]:
-    """The coverage of a network, and of what each layer reads two of the metrics of `NeuronCoverageImportance`.
+def _compare_coverage(
+    networks: dict[str, nn.Module], train: ImageSet, calibration: ImageSet, compute: Compute, seed: int
+) -> dict[str, Any]:
+    """Test coverage by the first calibration images, with ranges from as many training images, drawn with `seed`."""
+    profiled = train.sample(COVERAGE_IMAGES, seed)
+    covered = calibration.select(torch.arange(min(COVERAGE_IMAGES, len(calibration))))
+    return {
+        "profile_images": len(profiled),
+        "images": len(covered),
+        "threshold": THRESHOLD,
+        "models": {
+            name: _coverage(network, profiled, covered, compute, name.replace("_", "-"))
+            for name, network in networks.items()
+        },
+    }
 
-    Averaged over the channels, `frequency` is `active_percent`, the share of channels above zero on average over images
-    and positions, and `normalized_mean` is `normalized_mean_percent`.
+
+def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute: Compute, name: str) -> dict[str, Any]:
+    """The coverage of a network, and the means of two channel statistics over the channels that each layer reads.
+
+    `active_percent` is the mean `frequency`, `normalized_mean_percent` the mean `normalized_mean`.
     """
     profiles = record_profiles(network, profiled, compute, f"Ranges of neurons, {name}")
-    coverage = measure_coverage(network, covered, profiles, compute, THRESHOLD, title=f"Test coverage, {name}")
+    coverage = measure_coverage(network, covered, profiles, compute, title=f"Test coverage, {name}")
     statistics = record_statistics(
         network, covered, compute, f"Activity of channels, {name}", ("mean_absolute", "frequency")
     )
     modules = dict(network.named_modules())
-    for layer in coverage["layers"][:-1]:  # no layer reads the last one's output
-        reader = modules[layer["name"]]
-        for key, metric in (("active", "frequency"), ("normalized_mean", "normalized_mean")):
-            scores = NeuronCoverageImportance(metric).scores(reader, statistics[reader])
-            layer[f"{key}_percent"] = 100 * scores.mean().item()
+    for layer in coverage["layers"][:-1]:  # no layer reads the output of the last one
+        of_consumer = statistics[modules[layer["name"]]]
+        layer["active_percent"] = 100 * of_consumer.frequency.mean().item()
+        layer["normalized_mean_percent"] = 100 * of_consumer.normalized_mean.mean().item()
     return coverage

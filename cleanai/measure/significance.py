@@ -1,17 +1,18 @@
-"""Whether two networks differ by more than chance on the same images, and how a record holds what each got right."""
+"""Whether the accuracies of two networks on the same images differ significantly."""
+
 from __future__ import annotations
 
 from typing import Any, Sequence
 
 import numpy as np
 
-LEVEL = 0.05  # differences that chance makes less often count as more than chance
+LEVEL = 0.05  # a smaller p value is significant
 _RESAMPLES = 10_000
 _SEED = 0
 
 
 def pack(flags: Sequence[bool]) -> str:
-    """Flags (N,) as hexadecimal digits, the first flag being the highest bit: 10,000 of them take 2,500 letters."""
+    """Flags (N,) as hexadecimal digits, the first flag in the highest bit."""
     return np.packbits(np.asarray(flags, dtype=bool)).tobytes().hex()
 
 
@@ -24,20 +25,19 @@ def unpack(digits: str, count: int) -> np.ndarray:
 
 
 def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """What `second` gains over `first`, two networks' rights and wrongs (N,) on the same images.
+    """The gain of `second` over `first`: flags (N,) of the images that each network classifies correctly.
 
     - `difference_points`: difference of their accuracies, in percentage points;
     - `interval_points`: its 95% interval, by percentiles of 10,000 bootstrap samples of the images;
-    - `only_first`, `only_second`: images that only one of them got right;
-    - `p_value`: of the exact McNemar test (McNemar 1947): how often chance alone would divide those images at least as
-      unevenly, if each were as likely to fall to either network.
+    - `only_first`, `only_second`: images that only one of them classifies correctly;
+    - `p_value`: of the exact McNemar test (McNemar 1947).
     """
     from scipy.stats import binomtest  # takes a second to import
 
     count = len(first)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     split = only_first + only_second
-    # Drawing images anew draws how many are only the first's, only the second's, and both's or neither's.
+    # Resampling the images resamples these three counts.
     shares = np.array([only_first, only_second, count - split]) / count
     drawn = np.random.default_rng(_SEED).multinomial(count, shares, size=_RESAMPLES)
     low, high = np.percentile(100 * (drawn[:, 1] - drawn[:, 0]) / count, [2.5, 97.5])
@@ -50,6 +50,11 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     }
 
 
+def verdict(p_value: float) -> str:
+    """For example "significant (p < 0.001)" or "not significant (p = 0.714)"."""
+    return f"{'significant' if p_value < LEVEL else 'not significant'} ({shown_p(p_value)})"
+
+
 def shown_p(p_value: float) -> str:
-    """A p value as it is read."""
+    """For example "p = 0.714"."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"

@@ -1,4 +1,5 @@
-"""Networks: ResNet-18 adapted to small images, torchvision's others, and pruned networks rebuilt from their weights."""
+"""Networks: ResNet-18 for small images, those of torchvision, and pruned networks rebuilt from their weights."""
+
 from __future__ import annotations
 
 import re
@@ -20,9 +21,8 @@ from cleanai.runtime.files import file_digest, one_line, remove_leftovers
 def build(model: str, classes: int) -> nn.Module:
     """The network that a scenario calls `model`, with `classes` outputs and random weights.
 
-    "ResNet18" is `resnet18_for_small_images`; any other is torchvision's classification network of that name, as it is;
-    capitals do not count, nor underscores but between digits: "MobileNetV2" is mobilenet_v2.
-    Raises UserError when there is no such network.
+    "ResNet18" is `resnet18_for_small_images`. Any other name is that of a classification network of torchvision,
+    without regard to capitals and underscores: "MobileNetV2" is mobilenet_v2. Raises UserError when there is none.
     """
     name = _torchvision_name(model)
     if name == "resnet18":
@@ -32,12 +32,12 @@ def build(model: str, classes: int) -> nn.Module:
 
 
 def imagenet_url(model: str) -> str:
-    """Where torchvision's ImageNet weights of the network that a scenario calls `model` are."""
+    """The address of torchvision's ImageNet weights for the network that a scenario calls `model`."""
     return torchvision.models.get_model_weights(_torchvision_name(model)).DEFAULT.url
 
 
 def _torchvision_name(model: str) -> str:
-    # regnet_y_1_6gf and regnet_y_16gf are not the same: underscores between digits stay.
+    # Underscores between digits stay: regnet_y_1_6gf is not regnet_y_16gf.
     names = {_short(name): name for name in torchvision.models.list_models(module=torchvision.models)}
     try:
         return names[_short(model)]
@@ -73,7 +73,7 @@ def download_imagenet_weights(models_dir: Path, url: str) -> Path:
     remove_leftovers(path)
     if not path.exists():
         try:
-            download(url, path, "sha256", checksum)
+            download(url, path, checksum)
         except FAILURES as error:
             raise UserError(
                 f"The ImageNet weights could not be downloaded ({one_line(error)}): put {url} by hand at {path}, "
@@ -87,8 +87,8 @@ def download_imagenet_weights(models_dir: Path, url: str) -> Path:
 def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
     """Write a checkpoint: the network's weights, and `facts` (model, dataset, classes, config, ...) beside them.
 
-    Weights too small to be normal numbers are set to zero first, in the network too, so that what is measured is what
-    was saved: they slow a CPU down tenfold and change nothing.
+    Subnormal weights become zero first, in the network too, so that the saved network is the measured one. They would
+    slow a CPU down tenfold and change nothing.
     """
     state = network.state_dict()
     with torch.no_grad():
@@ -99,25 +99,38 @@ def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
 
 
 def load_network(path: Path) -> nn.Module:
-    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU; UserError when it cannot be read."""
+    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU. UserError when it cannot be read."""
     return network_from(load_checkpoint(path), path)
 
 
 def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
-    """The network in a checkpoint that was read from `path` already; UserError when its weights do not fit."""
-    model, classes = checkpoint["model"], len(checkpoint["classes"])
+    """The network in a checkpoint that was read from `path`. UserError when its weights do not fit the model."""
+    model, classes, state = checkpoint["model"], len(checkpoint["classes"]), checkpoint["state_dict"]
     network = build(model, classes).eval()
+    own = network.state_dict()
+    different = [name for name in own if getattr(state.get(name), "ndim", None) != own[name].ndim]
+    if different:
+        raise UserError(f"{path} does not hold a {model}: {different[0]} is missing or of another kind")
+    give_shapes(network, state)
+    load_into(network, state, path)
     try:
-        give_shapes(network, checkpoint["state_dict"])
-        network.load_state_dict(checkpoint["state_dict"])
-        with torch.inference_mode():  # layers whose shapes do not fit each other are found by using them
-            if network(torch.zeros(1, 3, 64, 64)).shape != (1, classes):
-                raise ValueError("the classifier has another number of outputs")
-    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not hold a {model} of {classes} classes: delete it, or start over with --fresh"
-        ) from error
+        with torch.inference_mode():  # finds layers whose shapes do not fit each other
+            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]))
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold a {model} that works: {one_line(error)}") from error
+    if outputs.shape != (1, classes):
+        raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {tuple(outputs.shape)}")
     return network
+
+
+def load_into(network: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict that was read from `path`. UserError when it is that of another network."""
+    own = network.state_dict()
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        raise UserError(f"{path} does not fit this network: it is from a run with another one. Start over with --fresh")
+    network.load_state_dict(state)
 
 
 def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -133,7 +146,7 @@ def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
         for key, _ in module.named_buffers(recurse=False):
             module.register_buffer(key, torch.empty_like(state[prefix + key]))
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            if module.groups == module.in_channels:  # depthwise: one group per channel, however many are left
+            if module.groups == module.in_channels:  # depthwise: one group per channel
                 module.groups = module.weight.shape[0]
             widths = module.weight.shape[0], module.weight.shape[1] * module.groups
             transposed = isinstance(module, nn.ConvTranspose2d)

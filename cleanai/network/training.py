@@ -1,11 +1,11 @@
-"""Fine-tuning."""
+"""Training with Adam: resumable fine-tuning with checkpoints, and the bare loop."""
+
 from __future__ import annotations
 
 import copy
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from cleanai import UserError
 from cleanai.data.images import Images
 from cleanai.network.evaluation import Evaluation, evaluate
-from cleanai.network.models import save_network
+from cleanai.network.models import load_into, save_network
 from cleanai.network.training_step import TrainingStep
 from cleanai.runtime import distributed
 from cleanai.runtime.checkpoints import find_checkpoint
@@ -29,7 +29,7 @@ WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a network is trained with Adam: `lr` is the peak learning rate, `weight_decay` Adam's own."""
+    """How a network is trained: `lr` is the peak learning rate, `weight_decay` that of Adam."""
 
     epochs: int
     batch_size: int = 128
@@ -37,9 +37,14 @@ class TrainSettings:
     weight_decay: float = 0.0
     seed: int = 0
 
+    @staticmethod
+    def of(options: Any) -> TrainSettings:
+        """The settings among the options of a script."""
+        return TrainSettings(**{field.name: getattr(options, field.name) for field in fields(TrainSettings)})
+
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate at `step` of `steps`: a straight rise to `peak`, then a straight fall that ends at zero."""
+    """The learning rate at `step` of `steps`: a linear rise to `peak`, then a linear fall to zero."""
     rise = max(1, round(WARM_UP * steps))
     return peak * min((step + 1) / rise, (steps - 1 - step) / max(1, steps - rise))
 
@@ -48,91 +53,78 @@ def fine_tune(
     network: nn.Module,
     images: Images,
     compute: Compute,
+    settings: TrainSettings,
     scenario: Scenario,
     facts: dict[str, Any],
-    settings: TrainSettings,
 ) -> tuple[list[dict[str, float]], Evaluation]:
-    """Train a network in place with Adam; return its history, a dictionary per epoch, and what it ended with.
+    """Train a network in place; return its history, a dictionary per epoch, and the evaluation of the last epoch.
 
-    Saves it after every fifth epoch, and after each epoch what an interrupted run goes on from; ends with
-    `scenario.final`, and finds that, or the beginning of it, when an earlier run left it. With 0 epochs the network is
-    only measured and saved. `facts` go into the checkpoints; their `config` says which earlier run fits.
+    Saves every fifth epoch, after each epoch the state to resume from, and at the end `scenario.final`. When an earlier
+    run left that file or that state, training continues there. With 0 epochs the network is only measured and saved.
+    `facts` go into the checkpoints; their `config` identifies the earlier run. Every epoch draws its random numbers
+    from its own seed, so an interruption does not change them.
 
-    Every epoch draws its order, shifts and flips from its own seed, so they are the same after an interruption.
-
-    Raises UserError when an earlier run had other settings, or the loss is no longer a number.
+    Raises UserError when an earlier run had other settings, or when the loss is not finite.
     """
     finished = find_checkpoint(scenario.final, facts["config"])
     if finished:
-        _load_into(network, finished, scenario.final)
-        remove_file(scenario.resume)  # there, when the earlier run was killed between its last two acts
+        load_into(network, finished["state_dict"], scenario.final)
+        remove_file(scenario.resume)  # left when a run was killed between the last two lines of this function
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
-        return finished["history"], Evaluation.stored_in(finished, scenario.final)
+        return finished["history"], Evaluation.stored_in(finished)
     _require_even_shares(images, settings.batch_size)
 
     step = TrainingStep(network, images.train, compute, settings.weight_decay)
-    epochs = settings.epochs
-    history: list[dict[str, float]] = []
-    interrupted = find_checkpoint(scenario.resume, facts["config"])
-    if interrupted:
-        _load_into(network, interrupted, scenario.resume, step)
-        history = interrupted["history"]
-        print(f"Going on after epoch {len(history)} of an interrupted run")
-    if epochs:
-        seconds = _estimate_epoch_seconds(network, images, compute, settings.batch_size)
-        minutes = (epochs - len(history)) * seconds / 60
-        print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {minutes:.1f} minutes")
+    history = _resume(network, step, scenario, facts["config"])
+    if settings.epochs:
+        _print_estimate(network, images, compute, settings, settings.epochs - len(history))
     else:
         test = evaluate(network, images.test, compute)
-
-    for epoch in range(len(history) + 1, epochs + 1):
+    for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
-        rate, loss, accuracy = _train_epoch(network, step, images, compute, epoch, settings)
-        test = evaluate(network, images.test, compute, f"Epoch {epoch}/{epochs}, test images")
+        results = _train_epoch(network, step, images, compute, epoch, settings)
+        test = evaluate(network, images.test, compute, f"Epoch {epoch}/{settings.epochs}, test images")
         if not math.isfinite(test.loss):
             raise UserError(
-                f"The test loss is no longer a number after epoch {epoch}: use a lower --lr than {settings.lr}, "
-                "and --fresh"
+                f"The test loss is not finite after epoch {epoch}: use a lower --lr than {settings.lr}, and --fresh"
             )
-        history.append(
-            {
-                "epoch": epoch,
-                "train_loss": loss,
-                "train_accuracy_percent": accuracy,
-                "test_loss": test.loss,
-                "test_accuracy_percent": test.accuracy_percent,
-                "learning_rate": rate,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        print(
-            f"Epoch {epoch:>{len(str(epochs))}}/{epochs}: train loss {loss:.4f}, train accuracy {accuracy:.2f}%, "
-            f"test loss {test.loss:.4f}, test accuracy {test.accuracy_percent:.2f}%, {history[-1]['seconds']:.0f} s"
-        )
+        tested = {"test_loss": test.loss, "test_accuracy_percent": test.accuracy_percent}
+        history.append({"epoch": epoch, **results, **tested, "seconds": time.perf_counter() - started})
+        _print_epoch(history[-1], settings.epochs)
         if epoch % SAVE_EVERY == 0:
             save_network(scenario.epoch(epoch), network, {**facts, "epoch": epoch})
-        if epoch < epochs:
+        if epoch < settings.epochs:
             state = {"training": step.state_dict(), "history": history}
             save_network(scenario.resume, network, {**facts, "epoch": epoch, **state})
 
-    save_network(
-        scenario.final, network, {**facts, "epoch": epochs, "history": history, "evaluation": vars(test)}
-    )
+    state = {"epoch": settings.epochs, "history": history, "evaluation": vars(test)}
+    save_network(scenario.final, network, {**facts, **state})
     remove_file(scenario.resume)
     return history, test
 
 
-def train(
-    network: nn.Module,
-    images: Images,
-    compute: Compute,
-    settings: TrainSettings,
-) -> None:
-    """The training of `fine_tune` alone, in place: without tests between the epochs, and without files."""
+def train(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings) -> None:
+    """The training of `fine_tune` in place, without evaluation and without files."""
     _require_even_shares(images, settings.batch_size)
     step = TrainingStep(network, images.train, compute, settings.weight_decay)
     for epoch in range(1, settings.epochs + 1):
         _train_epoch(network, step, images, compute, epoch, settings)
+
+
+def _resume(
+    network: nn.Module, step: TrainingStep, scenario: Scenario, config: dict[str, Any]
+) -> list[dict[str, float]]:
+    """Load the state that an interrupted run left, if there is one; return the history so far."""
+    interrupted = find_checkpoint(scenario.resume, config)
+    if not interrupted:
+        return []
+    load_into(network, interrupted["state_dict"], scenario.resume)
+    try:
+        step.load_state_dict(interrupted["training"])
+    except ValueError as error:
+        raise UserError(f"{scenario.resume} does not fit this network ({error}): start over with --fresh") from error
+    print(f"Resuming after epoch {len(interrupted['history'])} of an interrupted run")
+    return interrupted["history"]
 
 
 def _require_even_shares(images: Images, batch_size: int) -> None:
@@ -141,60 +133,61 @@ def _require_even_shares(images: Images, batch_size: int) -> None:
         raise UserError(f"A batch of {share} images cannot be shared evenly by {distributed.processes()} processes")
 
 
-def _estimate_epoch_seconds(network: nn.Module, images: Images, compute: Compute, batch_size: int) -> float:
-    """The time one epoch will take, from a few steps of a copy of the network."""
+def _print_estimate(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings, epochs: int) -> None:
+    """Print how long the epochs will take, from a few steps of a copy of the network."""
     step = TrainingStep(copy.deepcopy(network).train(), images.train, compute)
-    batch = torch.arange(min(batch_size, len(images.train)), device=compute.device)
+    batch = torch.arange(min(settings.batch_size, len(images.train)), device=compute.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
     for number in range(6):
-        if number == 4:  # the first steps choose algorithms, and take memory
+        if number == 4:  # the first steps choose algorithms and allocate memory
             compute.synchronize()
             started = time.perf_counter()
         step(batch, moves, rate=1e-6)
     compute.synchronize()
     seconds_per_image = (time.perf_counter() - started) / 2 / len(batch)
-    return seconds_per_image * (len(images.train) + len(images.test) / 3)  # a step passes each image thrice
+    # A training step costs three forward passes.
+    seconds = seconds_per_image * (len(images.train) + len(images.test) / 3)
+    print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {epochs * seconds / 60:.1f} minutes")
 
 
-def _load_into(
-    network: nn.Module, checkpoint: dict[str, Any], path: Path, step: TrainingStep | None = None
-) -> None:
-    try:
-        network.load_state_dict(checkpoint["state_dict"])
-        if step is not None:
-            step.load_state_dict(checkpoint["training"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit the network it would go on from: start over with --fresh") from error
+def _print_epoch(results: dict[str, float], epochs: int) -> None:
+    print(
+        f"Epoch {results['epoch']:>{len(str(epochs))}}/{epochs}: "
+        f"train loss {results['train_loss']:.4f}, accuracy {results['train_accuracy_percent']:.2f}%; "
+        f"test loss {results['test_loss']:.4f}, accuracy {results['test_accuracy_percent']:.2f}%; "
+        f"{results['seconds']:.0f} s"
+    )
 
 
 def _train_epoch(
-    network: nn.Module,
-    step: TrainingStep,
-    images: Images,
-    compute: Compute,
-    epoch: int,
-    settings: TrainSettings,
-) -> tuple[float, float, float]:
-    """Train for one epoch; return the last learning rate, the mean loss and the accuracy in percent."""
-    generator = torch.Generator().manual_seed(settings.seed * 100_003 + epoch)
+    network: nn.Module, step: TrainingStep, images: Images, compute: Compute, epoch: int, settings: TrainSettings
+) -> dict[str, float]:
+    """Train for one epoch; return `train_loss`, `train_accuracy_percent` and the last `learning_rate`."""
+    seed = settings.seed * 100_003 + epoch
+    torch.manual_seed(seed * 1_009 + distributed.rank())  # for dropout and stochastic depth
+    generator = torch.Generator().manual_seed(seed)  # the same in all processes
     count = len(images.train)
-    # All that is random goes to the device at once.
+    # All random numbers go to the device at once.
     order = torch.randperm(count, generator=generator).to(compute.device)
     moves = images.train.draw_moves(count, images.mirror, generator)
-    # Batches of one size: what is left over, other images in every epoch, waits for the next.
+    # All batches have one size. The rest, other images in every epoch, is left out.
     steps = max(1, count // settings.batch_size)
     total = settings.epochs * steps
     rates = [learning_rate((epoch - 1) * steps + number, total, settings.lr) for number in range(steps)]
-    results = torch.zeros(2, steps, device=compute.device)  # losses and shares recognised, read when all is done
+    results = torch.zeros(2, steps, device=compute.device)  # losses and accuracies, read once at the end
     network.train()
     for number in progress(range(steps), f"Epoch {epoch}/{settings.epochs}", "batch"):
         batch = slice(number * settings.batch_size, (number + 1) * settings.batch_size)
         results[0, number], results[1, number] = step(order[batch], moves[batch], rates[number])
-    losses, hits = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()
+    losses, accuracies = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()
     if not losses.isfinite().all():
         first = int(losses.isfinite().int().argmin())
         raise UserError(
-            f"The loss is no longer a number in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
+            f"The loss is not finite in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
             f"{rates[first]:.2g}: use a lower --lr than {settings.lr}, and --fresh"
         )
-    return rates[-1], losses.mean().item(), 100 * hits.mean().item()
+    return {
+        "train_loss": losses.mean().item(),
+        "train_accuracy_percent": 100 * accuracies.mean().item(),
+        "learning_rate": rates[-1],
+    }

@@ -1,4 +1,5 @@
 """One training step, alone or shared by several processes."""
+
 from __future__ import annotations
 
 import copy
@@ -15,9 +16,9 @@ from cleanai.runtime.compute import Compute
 
 
 class TrainingStep:
-    """Adam on one batch after the other; nothing is read from the device, so that it never waits.
+    """Adam, one batch after the other. Nothing is read from the device, so that it never waits.
 
-    Of every batch each process takes its share.
+    Each process takes its share of every batch.
     """
 
     def __init__(self, network: nn.Module, images: ImageSet, compute: Compute, weight_decay: float = 0.0):
@@ -28,29 +29,29 @@ class TrainingStep:
         self._scaler = compute.gradient_scaler()
 
     def state_dict(self) -> dict[str, Any]:
-        """What an interrupted training goes on from, beside the network."""
+        """The state, besides the network, from which an interrupted training resumes."""
         return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from such a state, which may have been left on another device; ValueError when it does not fit."""
+        """Resume from such a state, which may come from another device. ValueError when it does not fit."""
         optimizer = state["optimizer"]
         groups = [{**group, **self._settings} for group in optimizer["param_groups"]]
         self._optimizer.load_state_dict({**optimizer, "param_groups": groups})
-        for parameter, held in self._optimizer.state.items():
-            if not all(value.shape in ((), parameter.shape) for value in held.values()):
+        for parameter, averages in self._optimizer.state.items():
+            if not all(value.shape in ((), parameter.shape) for value in averages.values()):
                 raise ValueError("the optimizer's state is that of another network")
         self._scaler.load_state_dict(state["scaler"])
 
     def __call__(self, indices: torch.Tensor, moves: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Learn from the images at `indices` (B,), moved by `moves` (B, 3), at a learning rate.
+        """Train on the images at `indices` (B,), augmented by `moves` (B, 3), at a learning rate.
 
-        Returns the mean loss and the share recognised before the step, of this process's images.
+        Returns the mean loss and the accuracy before the step, as a share, of this process's images.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         share = len(indices) // distributed.processes()
-        mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-        inputs, labels = self._images.augmented_batch(indices[mine], moves[mine])
+        own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+        inputs, labels = self._images.augmented_batch(indices[own], moves[own])
         with self._compute.autocast():
             outputs = self._network(inputs)
             loss = F.cross_entropy(outputs, labels)
@@ -61,9 +62,8 @@ class TrainingStep:
         return loss.detach(), (outputs.argmax(1) == labels).float().mean()
 
 
-
 def _shared(network: nn.Module, compute: Compute) -> nn.Module:
-    """A form of the network that trains the very same tensors in several processes as if they were one."""
+    """A wrapper that trains the tensors of `network` in several processes as if they were one."""
     tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, tensors)
     if compute.device.type == "cuda":
@@ -71,9 +71,9 @@ def _shared(network: nn.Module, compute: Compute) -> nn.Module:
     else:
         for module in twin.modules():
             if type(module) is nn.BatchNorm2d:
-                module.__class__ = _SyncBatchNorm  # torch's own is for GPUs alone
+                module.__class__ = _SyncBatchNorm  # torch's own is for GPUs only
     parallel = nn.parallel.DistributedDataParallel
-    # Its buffers agree by themselves; the newest PyTorch calls this option by another name.
+    # Its buffers agree by themselves. The newest PyTorch calls this option by another name.
     renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters
     return parallel(twin.train(), **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
@@ -100,7 +100,7 @@ class _SyncBatchNorm(nn.BatchNorm2d):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """A sum that every process gets, and whose gradient is the sum of what they all make of it."""
+    """A sum over the processes, and in the backward pass the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:

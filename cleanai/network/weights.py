@@ -1,7 +1,7 @@
-"""Weights that a network begins with: read from a file, fitted to it, and refused in one line when they do not fit."""
+"""The weights that a network starts from: read from a file, adapted to the network, or refused in one line."""
+
 from __future__ import annotations
 
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.network.models import download_imagenet_weights, imagenet_url
-from cleanai.runtime.archives import verified_size
+from cleanai.runtime.checkpoints import load_plain_data, verified_size
 from cleanai.runtime.files import one_line
 
 _WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
@@ -19,10 +19,10 @@ _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compi
 _TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of GoogLeNet and Inception, which are not built
 
 
-def begin_with(
+def start_from(
     network: nn.Module, model: str, weights: str | Path, models_dir: Path, trained: bool = False
 ) -> nn.Module:
-    """Give a network the weights it begins with, in place, and print which; return it.
+    """Load the weights that a network starts from, in place, and print which; return the network.
 
     `weights` is "imagenet" (torchvision's published file, downloaded into `models_dir` when missing), "none" (random
     weights stay), or a file for `load_weights`. Raises UserError as that and `download_imagenet_weights` do, and when
@@ -54,11 +54,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
             content = load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # not so the files of PyTorch before 1.6
+            if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are not
                 verified_size(path)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of its own code
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_plain_data(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a pickle can make torch.load raise anything
@@ -74,11 +72,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(network: nn.Module, path: Path, model: str) -> bool:
-    """Give a network the weights in `path`; return whether these include its classifier.
+    """Load the weights in `path` into a network; return whether they include its classifier.
 
-    A first convolution with a larger kernel than the network's gives its centre. A classifier of another size, or none,
-    leaves the network's own as it is. Raises UserError, before the network is touched, that names the first tensor
-    that is missing, that has another shape, that the network called `model` does not have, or that is not finite.
+    Of a larger kernel of the first convolution the centre is used. A classifier of another size is not loaded. Raises
+    UserError, before the network is changed, that names the first tensor that is missing, has another shape, is not in
+    the network called `model`, or is not finite.
     """
     given, own = read_weights(path), network.state_dict()
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -116,7 +114,7 @@ def _without_prefixes(name: str) -> str:
 
 
 def _centre(kernel: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The centre of a convolution's larger kernel (O, I, H, W), if that is what tells the two apart."""
+    """The centre of a larger kernel (O, I, H, W), if the kernel size is the only difference."""
     if kernel.ndim != 4 or kernel.shape[:2] != wanted.shape[:2]:
         return kernel
     margins = [more - less for more, less in zip(kernel.shape[2:], wanted.shape[2:])]

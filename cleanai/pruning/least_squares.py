@@ -1,13 +1,15 @@
-"""Least squares: what is lost when channels go, and the weights with which the layers that read them lose least."""
+"""Least squares: the loss of a layer's outputs when inputs are removed, and the weights that minimise it."""
+
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from cleanai.network.activations import is_kept, not_finite
+from cleanai.network.activations import not_finite
+from cleanai.pruning.rows import is_kept
 
-RIDGE = 1e-4  # of the mean diagonal: on CIFAR-10 anything from 1e-6 to 1e-2 gave the same accuracy
-WINDOW_RIDGE = 0.1  # of the mean diagonal, too, where each weight of a kernel changes by itself: 0.03 was no better
+RIDGE = 1e-4  # of the mean diagonal
+WINDOW_RIDGE = 0.1  # of the mean diagonal, where each weight of a kernel changes by itself
 
 
 def kernels(layer: nn.Module, spread: int) -> torch.Tensor:
@@ -24,7 +26,7 @@ def kernels(layer: nn.Module, spread: int) -> torch.Tensor:
 
 
 def set_kernels(layer: nn.Module, weight: torch.Tensor) -> None:
-    """The opposite of `kernels`: give a layer these weights."""
+    """The inverse of `kernels`: set a layer's weights."""
     if isinstance(layer, nn.ConvTranspose2d):
         weight = weight.transpose(1, 2)
     with torch.no_grad():
@@ -39,81 +41,80 @@ def gram_matrix(rows: torch.Tensor) -> torch.Tensor:
 def reconstruct(
     layer: nn.Module, before: torch.Tensor, now: torch.Tensor, removed: torch.Tensor, spread: int = 1
 ) -> None:
-    """Give the inputs that a layer keeps the weights with which its outputs come nearest to what they were.
+    """Set the weights of a layer's kept inputs so that its outputs approximate those before, in the least squares.
 
-    `before` and `now` are rows, as from `channel_rows`, of what it received and of what it receives; `removed` (R,) the
-    input channels that go, the same in each group of a convolution, whose weights become zero. With P the kept ones, M
-    = E[before now_P^T] (E[now_P now_P^T] + lambda I)^-1 predicts all inputs as they were, and W M at each kernel
-    position replaces W[:, P] (He et al. 2017, 1707.06168). Changing what is kept costs lambda, `RIDGE` of the mean
-    diagonal.
+    `before` and `now` are `channel_rows` of its inputs before pruning and now. `removed` (R,) are the removed input
+    channels, the same in each group of a convolution; their weights become zero. With P the kept channels,
+    M = E[before now_P^T] (E[now_P now_P^T] + lambda I)^-1 predicts all inputs as they were, and W M at each kernel
+    position replaces W[:, P] (He et al. 2017, arXiv 1707.06168). lambda, `RIDGE` of the mean diagonal, penalises
+    changes of the kept weights.
     """
     kept = is_kept(now.shape[-1], removed)
     now = now[:, :, kept]
     change = before.clone()
     change[:, :, kept] -= now
-    taken_over = _regression(now, change, RIDGE)  # (g, P, C)
+    prediction = _regression(now, change, RIDGE)  # (g, P, C)
     weight = kernels(layer, spread)
-    weight[:, :, kept] += torch.einsum("gock,gpc->gopk", weight, taken_over)
+    weight[:, :, kept] += torch.einsum("gock,gpc->gopk", weight, prediction)
     weight[:, :, ~kept] = 0
     set_kernels(layer, weight)
 
 
-def reconstruct_windows(layer: nn.Conv2d, made: torch.Tensor, seen: torch.Tensor, removed: torch.Tensor) -> None:
-    """Change each weight of the inputs that a convolution keeps so that its outputs come nearest to `made`.
+def reconstruct_windows(layer: nn.Conv2d, outputs: torch.Tensor, windows: torch.Tensor, removed: torch.Tensor) -> None:
+    """Adjust each weight of a convolution's kept inputs so that its outputs approximate `outputs`.
 
-    `reconstruct` moves weights between channels, at each kernel position alike; from its solution this goes on with
-    what the whole kernel sees, since neighbouring positions tell of what is lost, too. `made` are rows as from
-    `record_rows`, `seen` those of `window_rows` without `removed`. A change costs `WINDOW_RIDGE` of the mean diagonal.
-    Raises UserError when `seen` is not finite.
+    Continues from the solution of `reconstruct`, which treats all kernel positions alike. `outputs` are rows as from
+    `record_rows`, `windows` the `window_rows` without `removed`. The penalty on changes is `WINDOW_RIDGE` of the mean
+    diagonal. Raises UserError when `windows` are not finite.
     """
     weight = kernels(layer, 1)
     kept = is_kept(weight.shape[2], removed)
-    missing = made - seen @ weight[:, :, kept].flatten(2).transpose(1, 2).to(seen)
-    change = _regression(seen, missing, WINDOW_RIDGE)
+    error = outputs - windows @ weight[:, :, kept].flatten(2).transpose(1, 2).to(windows)
+    change = _regression(windows, error, WINDOW_RIDGE)
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))
     set_kernels(layer, weight)
 
 
-def silence(layer: nn.Module, removed: torch.Tensor, spread: int = 1) -> None:
-    """Make the weights of the input channels `removed` (R,) zero, in each group of a convolution."""
+def zero_inputs(layer: nn.Module, removed: torch.Tensor, spread: int = 1) -> None:
+    """Set the weights of the input channels `removed` (R,) to zero, in each group of a convolution."""
     weight = kernels(layer, spread)
     weight[:, :, removed] = 0
     set_kernels(layer, weight)
 
 
 def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, spread: int = 1) -> torch.Tensor:
-    """What a layer's outputs lose, after reconstruction, when inputs go one row after the other: (R,) summed shares.
+    """The error of a layer's outputs after reconstruction, as inputs are removed row by row: (R,) cumulative shares.
 
-    `inputs` (R, n) holds the input channels that go together, in the order in which they go. The error of the outputs
-    is that of least squares, as a share of their power without it (mean square). With the last to go ordered first, the
-    Cholesky factor L of the Gram matrix holds in column k what is left of input k once all that outlast it have been
-    used to predict it, so that the loss is a sum over the columns that are gone.
+    `inputs` (R, n) are the input channels that are removed together, in their order. The error is the mean square
+    error of least squares, as a share of the outputs' mean square. With the inputs in reverse order of removal, column
+    k of the Gram matrix's Cholesky factor is the residual of input k after its prediction from all inputs that are
+    removed later or never, so the error is a sum over the columns of the removed inputs.
     """
     weight = kernels(layer, spread)
     mixing = torch.einsum("goik,gojk->gij", weight, weight)  # (g, C, C)
-    gone = inputs.flip(0).flatten()
-    order = torch.cat([is_kept(gram.shape[-1], gone).nonzero().flatten(), gone]).to(gram.device)
+    removed = inputs.flip(0).flatten()
+    order = torch.cat([is_kept(gram.shape[-1], removed).nonzero().flatten(), removed]).to(gram.device)
     power = (mixing * gram).sum().cpu()
-    left = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(gone) :]  # (g, C, R * n)
-    lost = (left * (mixing[:, order][:, :, order] @ left)).sum((0, 1)).cpu()
-    per_row = lost.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
+    residual = _factor(gram[:, order][:, :, order])[:, :, len(order) - len(removed) :]  # (g, C, R * n)
+    errors = (residual * (mixing[:, order][:, :, order] @ residual)).sum((0, 1)).cpu()
+    per_row = errors.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
     return per_row / power if power > 0 else torch.zeros_like(per_row)
 
 
-def _regression(rows: torch.Tensor, wanted: torch.Tensor, share: float) -> torch.Tensor:
-    """What turns `rows` (g, n, P) into what is nearest to `wanted` (g, n, C), by ridge least squares: (g, P, C)."""
-    products = (rows.transpose(1, 2) @ wanted).double() / rows.shape[1]
+def _regression(rows: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
+    """The ridge regression of `targets` (g, n, C) on `rows` (g, n, P): coefficients (g, P, C)."""
+    products = (rows.transpose(1, 2) @ targets).double() / rows.shape[1]
     return torch.cholesky_solve(products, _factor(gram_matrix(rows), share))
 
 
 def _factor(gram: torch.Tensor, share: float = RIDGE) -> torch.Tensor:
-    """The Cholesky factor of G + lambda I, lambda a share of G's mean diagonal; where rounding asks for it it grows.
+    """The Cholesky factor of G + lambda I, lambda a share of G's mean diagonal, larger where rounding requires it.
 
     Raises UserError when G is not finite.
     """
     if not gram.isfinite().all():
         raise not_finite()
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # (g,); a group that receives nothing must not be singular
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # (g,); the matrix of an all-zero input must not be singular
     ridge = torch.where(mean > 0, share * mean, torch.ones_like(mean))
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge[:, None, None] * torch.eye(gram.shape[-1]).to(gram))

@@ -1,9 +1,11 @@
-"""The repair after pruning: batch norm recalibrated, layers reconstructed in order, and what each part of it brings."""
+"""The repair after pruning: batch norm is recalibrated, and layers are reconstructed in order."""
+
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Iterator
 
 import torch
@@ -11,26 +13,34 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cleanai.data.images import ImageSet
-from cleanai.network.activations import NO_CHANNELS, channel_rows, is_kept, window_rows
-from cleanai.network.evaluation import Evaluation, evaluate
-from cleanai.pruning.least_squares import reconstruct, reconstruct_windows, silence
+from cleanai.pruning.least_squares import reconstruct, reconstruct_windows, zero_inputs
+from cleanai.pruning.rows import NO_CHANNELS, channel_rows, is_kept, window_rows
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import progress
 
 
+@dataclass
+class Targets:
+    """Per layer the input rows and the output rows before pruning (`record_rows`), and the removed inputs (R,)."""
+
+    inputs: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+    removed: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+
+
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
     """Set the running means and variances of batch norm to plain averages over `images`."""
-    # Not torch's update_bn: it puts dropout and stochastic depth into training mode as well.
+    # torch's update_bn would put dropout and stochastic depth into training mode as well.
     with _new_averages(network) as norms, torch.inference_mode(), compute.autocast():
         # Every batch counts alike: a smaller last one is left out.
-        whole = max(1, len(images) // batch_size) if norms else 0
-        for inputs, _ in progress(itertools.islice(images.batches(batch_size), whole), title, "batch", total=whole):
+        batches = max(1, len(images) // batch_size) if norms else 0
+        for inputs, _ in progress(itertools.islice(images.batches(batch_size), batches), title, "batch", batches):
             network(inputs)
 
 
 @contextlib.contextmanager
 def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Let batch norm normalise by each batch that passes, and average over these; nothing else is in training mode."""
+    """Let batch norm normalise by each batch and average over the batches. All else is in evaluation mode."""
     norms = [m for m in network.eval().modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -45,30 +55,22 @@ def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 def reconstruct_in_order(
     network: nn.Module,
-    received: dict[nn.Module, torch.Tensor],
-    made: dict[nn.Module, torch.Tensor],
-    removed: dict[nn.Module, torch.Tensor],
+    targets: Targets,
     spreads: dict[nn.Module, int],
     images: ImageSet,
     compute: Compute,
     title: str,
 ) -> tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]]:
-    """Let the layers of a network, one after the other as they run, make up for the channels that are about to go.
+    """Reconstruct the layers of a network in the order of their execution, before the removed inputs are cut.
 
-    `received` and `made` are the rows of what layers received and made of `images` (`record_rows`), `removed` the
-    inputs (R,) that each loses; their weights become zero. All images pass the network in one batch, which batch norm
-    is recalibrated on, and each layer, just before it runs, gets the weights with which its outputs come nearest to
-    what they were, out of what it receives now: so it makes up for what the layers before it could not, too. A layer
-    without rows is left alone; of one that runs several times only the weights of what it loses change, as what it
-    receives later is not known yet when it runs first.
+    All images pass the network in one batch, on which batch norm is recalibrated. Each layer, just before it runs, gets
+    the weights with which its present inputs approximate its outputs before pruning, so it also compensates for errors
+    of the layers before it. The weights of removed inputs become zero. A layer without targets is left alone. A layer
+    that runs more than once only gets these zeros: its later inputs are unknown at its first run.
 
-    Returns the `channel_rows` and the `window_rows` of what the layers in `spreads` receive now, without what is
-    removed: what `record_rows` would find in the network once that is cut out. Nothing when a layer or a batch norm
-    runs several times. In memory are what `images` are between two layers, and the rows.
-
-    Accuracy on 2,500 training images (84.8% before) with half of the parameters and of the multiply-accumulates gone
-    in five steps: 83.1 with Neuron Coverage and 83.4 with WANDA; without windows 82.2 and 82.5, and with each layer
-    reconstructed by itself 81.2 and 81.5.
+    Returns the `channel_rows` and the `window_rows` of the present inputs of the layers in `spreads`, without the
+    removed ones: those that `record_rows` would find after the cut. Returns nothing when a layer or a batch norm runs
+    more than once. Memory holds all images between two layers, and the rows.
     """
     channels: dict[nn.Module, torch.Tensor] = {}
     windows: dict[nn.Module, torch.Tensor] = {}
@@ -80,19 +82,19 @@ def reconstruct_in_order(
         if runs[layer] > 1:
             return
         next(bar, None)
-        before, gone = received.get(layer), removed.get(layer, NO_CHANNELS)
+        before, removed = targets.inputs.get(layer), targets.removed.get(layer, NO_CHANNELS)
         with torch.autocast(args[0].device.type, enabled=False):
             now = channel_rows(layer, args[0], len(images), spreads[layer]).float()
-            channels[layer] = now[:, :, is_kept(now.shape[2], gone)]
-            seen = window_rows(layer, args[0], len(images), gone)
-            if seen is not None:
-                windows[layer] = seen.float()
+            channels[layer] = now[:, :, is_kept(now.shape[2], removed)]
+            rows = window_rows(layer, args[0], len(images), removed)
+            if rows is not None:
+                windows[layer] = rows.float()
             if before is not None and before.shape != now.shape:  # of several runs
-                silence(layer, gone, spreads[layer])
+                zero_inputs(layer, removed, spreads[layer])
             elif before is not None:
-                reconstruct(layer, before, now, gone, spreads[layer])
-                if layer in made:
-                    reconstruct_windows(layer, made[layer], windows[layer], gone)
+                reconstruct(layer, before, now, removed, spreads[layer])
+                if layer in targets.outputs:
+                    reconstruct_windows(layer, targets.outputs[layer], windows[layer], removed)
 
     handles = [layer.register_forward_pre_hook(repair) for layer in spreads]
     try:
@@ -104,30 +106,3 @@ def reconstruct_in_order(
     if max([*runs.values(), *(int(norm.num_batches_tracked) for norm in norms)], default=0) > 1:
         return {}, {}
     return channels, windows
-
-
-def repair_accuracies(
-    repair: str,
-    pruned: nn.Module,
-    unrepaired: nn.Module,
-    repair_on: ImageSet,
-    test: ImageSet,
-    compute: Compute,
-    batch_size: int,
-) -> tuple[dict[str, float], Evaluation]:
-    """Accuracy on `test` as cut and after each part of the repair that was made, and all that `pruned` makes of it.
-
-    `unrepaired` is recalibrated for it, to tell what reconstruction adds.
-    """
-    repaired = evaluate(pruned, test, compute, "Evaluating the pruned network")
-    if repair == "none":
-        return {"accuracy_raw_percent": repaired.accuracy_percent}, repaired
-    accuracies = {"accuracy_raw_percent": evaluate(unrepaired, test, compute, "Evaluating as cut").accuracy_percent}
-    if repair == "bn":
-        accuracies["accuracy_recalibrated_percent"] = repaired.accuracy_percent
-    else:
-        recalibrate(unrepaired, repair_on, compute, batch_size, "Recalibrating the unrepaired network")
-        recalibrated = evaluate(unrepaired, test, compute, "Evaluating without reconstruction")
-        accuracies["accuracy_recalibrated_percent"] = recalibrated.accuracy_percent
-        accuracies["accuracy_reconstructed_percent"] = repaired.accuracy_percent
-    return accuracies, repaired

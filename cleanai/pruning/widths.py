@@ -1,4 +1,5 @@
-"""How many channels each group gives: the costs of a network as functions of its widths, and the choice of widths."""
+"""The choice of widths: how many channels each group loses so that both budgets are met at the least loss."""
+
 from __future__ import annotations
 
 import math
@@ -10,11 +11,11 @@ from torch import nn
 from cleanai.network.activations import CONSUMERS
 from cleanai.pruning.groups import Group
 
-LEAST_KEPT = 0.1  # of the channels a group began with
-PARAMETERS_TOLERANCE = 0.001  # the share of parameters removed is the asked one, give or take this
-MACS_TOLERANCE = 0.005  # the share of multiply-accumulates removed is the asked one, or up to this more
-_MOVES = 4096  # that the search tries at random in each round
-_ROUNDS, _ROUNDS_MISSED = 30, 200  # without anything better that end it: once the budget is met, and before
+LEAST_KEPT = 0.1  # share of a group's original channels
+PARAMETERS_TOLERANCE = 0.001  # on the share of parameters removed, to both sides
+MACS_TOLERANCE = 0.005  # on the share of multiply-accumulates removed, upwards only
+_MOVES = 4096  # random changes that the search tries in each round
+_ROUNDS, _ROUNDS_MISSED = 30, 200  # rounds without progress that end it: when the budget is met, and when not
 
 
 class Costs:
@@ -26,19 +27,19 @@ class Costs:
 
     def __init__(self, network: nn.Module, groups: list[Group], example: torch.Tensor):
         positions = _positions(network, example)
-        layers = list(dict.fromkeys(layer for group in groups for layer in (*group.handled, *group.readers)))
+        layers = list(dict.fromkeys(layer for group in groups for layer in (*group.producers, *group.consumers)))
         layers += [layer for layer in positions if layer not in layers]
         table = torch.tensor([_layer_costs(layer, positions.get(layer, 0)) for layer in layers], dtype=torch.float64)
         self._inputs, self._outputs, self._weights, self._macs, self._biases, self._output_macs = table.T
         self._reads = _lost_per_channel(layers, [_inputs_per_channel(group) for group in groups])
-        self._writes = _lost_per_channel(layers, [group.handled for group in groups])
+        self._writes = _lost_per_channel(layers, [group.producers for group in groups])
         self._rest = torch.zeros(2, dtype=torch.float64)
         nothing = torch.zeros(len(groups), dtype=torch.float64)
         self._rest[0] = sum(p.numel() for p in network.parameters()) - self(nothing)[0]
         self.now = self(nothing)
 
     def __call__(self, removed: torch.Tensor) -> torch.Tensor:
-        """Parameters and multiply-accumulates (..., 2) without `removed` (..., G) channels of the groups."""
+        """Parameters and multiply-accumulates (..., 2) after removing `removed` (..., G) channels of the groups."""
         outputs = self._outputs - removed @ self._writes
         products = (self._inputs - removed @ self._reads) * outputs
         parameters = products @ self._weights + outputs @ self._biases
@@ -47,7 +48,7 @@ class Costs:
 
 
 def _inputs_per_channel(group: Group) -> dict[nn.Module, float]:
-    return {layer: (unit >= 0).sum().item() / group.channels for layer, unit in group.readers.items()}
+    return {layer: (unit >= 0).sum().item() / group.channels for layer, unit in group.consumers.items()}
 
 
 def _lost_per_channel(layers: list[nn.Module], lost: list[dict[nn.Module, float]]) -> torch.Tensor:
@@ -89,7 +90,7 @@ def _positions(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int
 
 @dataclass
 class Budget:
-    """What both costs are to fall to: (2,) parameters and multiply-accumulates, from `low` to `high`."""
+    """The target range of both costs: (2,) parameters and multiply-accumulates, from `low` to `high`."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -97,20 +98,20 @@ class Budget:
     @staticmethod
     def removing(before: torch.Tensor, parameters: float | None, macs: float | None) -> Budget:
         """The budget that removes these shares of the costs `before`; None leaves that cost free."""
-        asked = torch.tensor([math.nan if share is None else share for share in (parameters, macs)]).double()
+        requested = torch.tensor([math.nan if share is None else share for share in (parameters, macs)]).double()
         less = torch.tensor([PARAMETERS_TOLERANCE, 0.0]).double()
         more = torch.tensor([PARAMETERS_TOLERANCE, MACS_TOLERANCE]).double()
-        low = (before * (1 - asked - more)).nan_to_num(nan=-math.inf)
-        high = (before * (1 - asked + less)).nan_to_num(nan=math.inf)
+        low = (before * (1 - requested - more)).nan_to_num(nan=-math.inf)
+        high = (before * (1 - requested + less)).nan_to_num(nan=math.inf)
         return Budget(low, high)
 
     def missed(self, cost: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """How far costs (..., 2) are outside, in shares of the costs `before`, summed: (...)."""
+        """The distance of costs (..., 2) from the range, in shares of the costs `before`, summed: (...)."""
         return (((cost - self.high).clamp_min(0) + (self.low - cost).clamp_min(0)) / before).sum(-1)
 
 
 def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
-    """How many channels of a group can go, from none: what stays is a multiple of `round_to`, and at least `least`."""
+    """The numbers of channels that a group can lose, from 0: the rest is a multiple of `round_to` and >= `least`."""
     parallel = group.channels // group.units
     multiple = parallel * round_to // math.gcd(parallel, round_to)
     return [0] + [group.channels - width for width in range(group.channels - 1, least - 1, -1) if width % multiple == 0]
@@ -123,12 +124,12 @@ def choose_cuts(
     budget: Budget,
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How many channels (G,) each group gives so that the costs fall into the budget at the least loss.
+    """The number of channels (G,) that each group loses so that the costs meet the budget at the least loss.
 
-    `cuts` are the numbers that each group can give, `losses` what each of them costs the network. A channel is worth
-    its loss per cost, and one exchange rate between the two costs decides which layers give: it is found by bisection,
-    so that both budgets are met at once. As channels go in blocks, this only comes near the budget; a search among
-    the widths around it then meets it, and keeps the cheapest it finds: never worse than `known` (G,), if given.
+    `cuts` are the numbers that each group can lose, `losses` the loss of each. Channels are ranked by loss per cost,
+    with an exchange rate between the two costs that bisection finds, so that both budgets are met at once. Since
+    channels are removed in blocks, this only approximates the budget. A random search around it then meets the budget
+    with the least loss that it finds: never more than that of `known` (G,), if given.
     """
     start = _by_exchange_rate(costs, cuts, losses, budget)
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in cuts], True)  # (G, E)
@@ -146,27 +147,27 @@ def choose_cuts(
         missed, lost = judge(best)
         best = best[(lost + missed * 1e9).argmin()][None]
     best_missed, best_loss = judge(best)
-    fruitless = 0
-    while fruitless < (_ROUNDS_MISSED if best_missed > 0 else _ROUNDS):
-        # Up to four groups give or take some blocks, one as often as all larger numbers together.
+    rounds = 0
+    while rounds < (_ROUNDS_MISSED if best_missed > 0 else _ROUNDS):
+        # Up to four groups lose more or fewer blocks: one block as often as all larger numbers together.
         which = torch.randint(len(cuts), (_MOVES, 4), generator=generator)
         blocks = (1 / (1 - torch.rand(_MOVES, 4, generator=generator))).clamp_max(int(last.max())).long()
         step = blocks * torch.randint(-1, 2, (_MOVES, 4), generator=generator)
         moves = torch.zeros(_MOVES, len(cuts), dtype=torch.long).scatter_add_(1, which, step)
-        # Half of them from the start: what meets the budget first may lie far off.
+        # Half of them from the start: the first widths that meet the budget may be far from the best.
         rows = torch.cat([best + moves[::2], start + moves[1::2]])
         rows = torch.minimum(rows.clamp_min(0), last)
         missed, lost = judge(rows)
         first = (lost + missed * 1e9).argmin()
         if (missed[first], lost[first]) < (best_missed, best_loss):
-            best, best_missed, best_loss, fruitless = rows[first][None], missed[first], lost[first], 0
+            best, best_missed, best_loss, rounds = rows[first][None], missed[first], lost[first], 0
         else:
-            fruitless += 1
+            rounds += 1
     return table.T.gather(0, best)[0]
 
 
 def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Tensor], budget: Budget) -> torch.Tensor:
-    """The numbers (G,) of allowed cuts, as places in `cuts`, that an exchange rate between the costs leads to."""
+    """The cuts (G,), as indices into `cuts`, that ranking by loss per cost selects."""
     groups = torch.tensor([number for number, row in enumerate(cuts) for _ in row[1:]], dtype=torch.long)
     sizes = torch.tensor([after - before for row in cuts for before, after in zip(row, row[1:])], dtype=torch.float64)
     slopes = torch.cat([_convex_slopes(row, loss) for row, loss in zip(cuts, losses)])  # loss per channel, per block
@@ -176,7 +177,7 @@ def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Te
     def take(rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         prices = ((1 - rate) * per_channel[:, 0] + rate * per_channel[:, 1])[groups]
         order = (slopes / prices).argsort(stable=True)
-        order = order[prices[order] > 0]  # below 0 and above 1 the cost that would run out first is worth keeping
+        order = order[prices[order] > 0]  # rates below 0 and above 1 make the scarcer cost worth keeping
         if not len(order):
             return torch.zeros(len(cuts), dtype=torch.long), costs.now
         taken = one[groups[order]].cumsum(0)
@@ -196,7 +197,7 @@ def _by_exchange_rate(costs: Costs, cuts: list[list[int]], losses: list[torch.Te
 
 
 def _convex_slopes(cuts: list[int], losses: torch.Tensor) -> torch.Tensor:
-    """What each block costs per channel along the lower convex hull of a group's losses: ever more."""
+    """The loss per channel of each block along the lower convex hull of a group's losses: increasing."""
 
     def slope(start: int, end: int) -> float:
         return (losses[end] - losses[start]).item() / (cuts[end] - cuts[start])

@@ -1,162 +1,136 @@
-"""What the pruning scripts found, side by side: one record made of theirs, and its answer in words."""
+"""The records of the pruning scripts side by side: one record made from theirs, and its answer in words."""
+
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Dict, Optional
+import copy
+from itertools import combinations
+from typing import Any, Dict
 
 import numpy as np
 
 from cleanai import UserError
-from cleanai.measure.significance import LEVEL, compare_paired, shown_p, unpack
-from cleanai.report.run_text import MODELS, Record
+from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
+from cleanai.report.wording import STAGES, Record, method_title
 from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import Scenario
 
-METHODS = {"Coverage": "Neuron Coverage", "Wanda": "WANDA"}
-STAGES = ("pruned", "fine_tuned")
-PAIRS = (("original", "Coverage"), ("original", "Wanda"), ("Coverage", "Wanda"))  # what the second gains on the first
+COMPARED = ("pruned", "fine_tuned")
 
 _Runs = Dict[str, Record]
-_Flags = Dict[str, Optional[Dict[str, np.ndarray]]]
+_Flags = Dict[str, Dict[str, np.ndarray]]
 
 
-def compare_methods(scenario: Scenario, scripts: dict[str, str]) -> Record:
-    """The record of a comparison, made of those that the other scripts of `scenario` left; nothing is measured.
+def pairs_of(methods: list[str]) -> list[tuple[str, str]]:
+    """The pairs whose accuracies are compared: each method with the original network, then each two methods."""
+    return [*(("original", method) for method in methods), *combinations(methods, 2)]
 
-    `scripts` names the script of each method, and of the preparation as "". Raises UserError when no method has run,
-    when the methods pruned different networks, or when a record is damaged.
+
+def compare_methods(scenario: Scenario) -> Record:
+    """The record of a comparison, made from the records of the other scripts of `scenario`; nothing is measured.
+
+    Raises UserError when no method has run, when the methods pruned different networks, or when a record is damaged.
     """
-    parts = {method: replace(scenario, method=method) for method in scripts}
-    commands = {method: scenario.command(script) for method, script in scripts.items()}
+    parts = {method: scenario.of(method) for method in METHODS}
+    preparation = read_record(scenario.of("").record)
     records = {method: read_record(part.record) for method, part in parts.items()}
-    runs = {method: records[method] for method in METHODS if records[method]}
+    runs = {method: record for method, record in records.items() if record}
+    commands = {method: part.command() for method, part in parts.items()}
     if not runs:
-        missing = [command for method, command in commands.items() if not records[method]]
+        missing = [*([] if preparation else [scenario.of("").command()]), *commands.values()]
         raise UserError(f"There is nothing to compare yet. Run first: {'; then: '.join(missing)}")
-    if len({run["config"].get("fine_tuned_model") for run in runs.values()}) > 1:
+    if len({run["config"]["fine_tuned_model"] for run in runs.values()}) > 1:
         again = "; and: ".join(f"{commands[method]} --fresh" for method in runs)
-        raise UserError(f"The methods pruned different fine-tuned models, which tells nothing of them. Run: {again}")
-    try:
-        flags = {method: heldout_flags(run) for method, run in runs.items()}
-        remarks = _missing(parts, commands, records, flags)
-        comparable = _same_images(runs)
-        if not comparable:
-            remarks.append(
-                "The methods were measured on different held-out images (another seed, other calibration images or "
-                "another dataset), so they are not compared with each other"
-            )
-        record = {
-            "scenario": scenario.name,
-            "preparation": records[""] and _only(records[""], "config", "models"),
-            "runs": {method: _without_bits(runs[method]) if method in runs else None for method in METHODS},
-            "differences": [
-                {"stage": stage, "first": first, "second": second, **_difference(runs, flags, stage, first, second)}
-                for stage in STAGES
-                for first, second in PAIRS
-                if second in runs and (first == "original" or (first in runs and comparable))
-            ],
-            "remarks": [*remarks, *_other_settings(runs)],
-        }
-        return {**record, "answer": _answer(record)}
-    except (KeyError, ValueError, TypeError) as error:
-        names = " or ".join(str(parts[method].record) for method in runs)
-        raise UserError(f"{names} is damaged: delete it, and run its script again to measure anew") from error
+        raise UserError(f"The methods pruned different fine-tuned models and cannot be compared. Run: {again}")
+    flags = {method: heldout_flags(run) for method, run in runs.items()}
+    remarks = [] if preparation else [f"The preparation has no record. To make it: {scenario.of('').command()}"]
+    remarks += [f"{method_title(m)} has not run. To run it: {commands[m]}" for m in METHODS if m not in runs]
+    comparable = _same_images(runs)
+    if not comparable:
+        remarks.append(
+            "The methods used different held-out images (another seed, number of calibration images or dataset), so "
+            "they are not compared with each other"
+        )
+    record = {
+        "scenario": scenario.name,
+        "preparation": preparation and _only(preparation, "config", "models"),
+        "runs": {method: _without_bits(runs[method]) if method in runs else None for method in METHODS},
+        "differences": [
+            {"stage": stage, "first": first, "second": second, **_difference(flags, stage, first, second)}
+            for stage in COMPARED
+            for first, second in pairs_of(list(METHODS))
+            if second in runs and (first == "original" or (first in runs and comparable))
+        ],
+        "remarks": [*remarks, *_other_settings(runs)],
+    }
+    return {**record, "answer": _answer(record)}
 
 
-def _chance(difference: Record) -> str:
-    """Whether a difference is more than chance, in words; nothing when it is not known."""
-    if "p_value" not in difference:
-        return ""
-    p = difference["p_value"]
-    return f", {'more' if difference['more_than_chance'] else 'no more'} than chance would make ({shown_p(p)})"
-
-
-def heldout_flags(run: Record) -> dict[str, np.ndarray] | None:
-    """Of each network, which held-out images it got right: (N,); None when the record does not say."""
-    if "heldout_bits" not in run:
-        return None
+def heldout_flags(run: Record) -> dict[str, np.ndarray]:
+    """For each network, which held-out images it classifies correctly: (N,)."""
     count = run["dataset"]["test_images"]
     heldout = unpack(run["heldout_bits"], count)
-    return {name: unpack(run["models"][name]["correct_bits"], count)[heldout] for name in MODELS}
+    return {name: unpack(run["models"][name]["correct_bits"], count)[heldout] for name in STAGES}
 
 
 def _same_images(runs: _Runs) -> bool:
-    """Whether the held-out images of all runs are the same, as far as their records say."""
-    facts = {
-        (*_only(run["dataset"], "name", "source", "test_images", "calibration_images").values(), run["config"]["seed"])
-        for run in runs.values()
-    }
-    return len(facts) == 1 and len({run["heldout_bits"] for run in runs.values() if "heldout_bits" in run}) < 2
+    """Whether the held-out images of all runs are the same."""
+    return len({(run["dataset"]["name"], run["dataset"]["source"], run["heldout_bits"]) for run in runs.values()}) == 1
 
 
-def _difference(runs: _Runs, flags: _Flags, stage: str, first: str, second: str) -> dict[str, Any]:
-    networks = ((second, "original") if first == "original" else (first, stage), (second, stage))
-    accuracies = [runs[method]["models"][name]["accuracy_heldout_percent"] for method, name in networks]
-    if any(flags[method] is None for method, _ in networks):
-        return {"difference_points": accuracies[1] - accuracies[0]}
-    compared = compare_paired(*(flags[method][name] for method, name in networks))
-    return {**compared, "more_than_chance": compared["p_value"] < LEVEL}
-
-
-def _missing(
-    parts: dict[str, Scenario], commands: dict[str, str], records: dict[str, Record | None], flags: _Flags
-) -> list[str]:
-    """What the records do not tell, and the command that changes it."""
-    remarks = [] if records[""] else [f"The preparation has left no record; what makes it: {commands['']}"]
-    remarks += [f"{METHODS[m]} has not run; what runs it: {commands[m]}" for m in METHODS if not records[m]]
-    remarks += [
-        f"The record of {METHODS[method]} does not hold which images its networks got right, so nothing is said about "
-        f"chance. To add it, delete {parts[method].record} and run, with the options of that run: {commands[method]} "
-        "(the networks are evaluated again, not pruned and not trained)"
-        for method, known in flags.items()
-        if known is None
-    ]
-    return remarks
+def _difference(flags: _Flags, stage: str, first: str, second: str) -> dict[str, Any]:
+    before = flags[second]["original"] if first == "original" else flags[first][stage]
+    compared = compare_paired(before, flags[second][stage])
+    return {**compared, "significant": compared["p_value"] < LEVEL}
 
 
 def _other_settings(runs: _Runs) -> list[str]:
-    if len(runs) < 2:
-        return []
-    (first, one), (second, two) = ((METHODS[method], run["config"]) for method, run in runs.items())
-    return [
-        f"The settings differ: --{key.replace('_', '-')} {one[key]} for {first}, {two[key]} for {second}"
-        for key in one
-        if key in two and one[key] != two[key]
-    ]
+    """For each setting that differs between the methods, its values."""
+    configs = {method_title(method): run["config"] for method, run in runs.items()}
+    remarks = []
+    for key in dict.fromkeys(key for config in configs.values() for key in config):
+        values = {name: config[key] for name, config in configs.items() if key in config}
+        if len(values) > 1 and len({str(value) for value in values.values()}) > 1:
+            shown = ", ".join(f"{value} for {name}" for name, value in values.items())
+            remarks.append(f"The settings differ: --{key.replace('_', '-')} {shown}")
+    return remarks
 
 
 def _answer(record: Record) -> list[str]:
-    """What a reader wants to know, in a sentence on each method and one on the two."""
+    """The result in words: a sentence on each method, and one on each two of them."""
     differences = {(d["first"], d["second"]): d for d in record["differences"] if d["stage"] == "fine_tuned"}
+    runs = {method: run for method, run in record["runs"].items() if run}
     sentences = []
-    for method, run in record["runs"].items():
-        if run is None:
-            continue
+    for method, run in runs.items():
         before, after = (run["models"][name]["accuracy_heldout_percent"] for name in ("original", "fine_tuned"))
         points = after - before
         change = f"{'lost' if points < 0 else 'gained'} {abs(points):.2f} points of held-out accuracy "
-        change += f"({before:.2f}% to {after:.2f}%){_chance(differences['original', method])}"
+        change += f"({before:.2f}% to {after:.2f}%), {verdict(differences['original', method]['p_value'])}"
         kept = f"kept its held-out accuracy of {after:.2f}%"
         sentences.append(
-            f"{METHODS[method]} removed {run['summary']['parameter_reduction_percent']:.1f}% of the parameters and "
-            f"{run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
+            f"{method_title(method)} removed {run['summary']['parameter_reduction_percent']:.1f}% of the parameters "
+            f"and {run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
             f"{run['summary']['speedup']:.2f} times as fast, and {change if points else kept}."
         )
-    between = differences.get(PAIRS[-1])
-    if between:
-        points = between["difference_points"]
-        ahead, behind = (METHODS[method] for method in (PAIRS[-1] if points < 0 else PAIRS[-1][::-1]))
-        unknown = "; the records do not tell whether any of this is more than chance"
-        who = f"{ahead} is {abs(points):.2f} points ahead of {behind}{_chance(between) or unknown}"
-        sentences.append(f"After fine-tuning {who if points else 'the two methods are level'}.")
+    for first, second in combinations(runs, 2):
+        if (first, second) in differences:
+            sentences.append(_between(first, second, differences[first, second]))
     return sentences
 
 
+def _between(first: str, second: str, difference: Record) -> str:
+    points = difference["difference_points"]
+    if not points:
+        return f"After fine-tuning {method_title(first)} and {method_title(second)} are equal."
+    ahead, behind = map(method_title, (first, second) if points < 0 else (second, first))
+    return f"After fine-tuning {ahead} is {abs(points):.2f} points ahead of {behind}, {verdict(difference['p_value'])}."
+
+
 def _without_bits(run: Record) -> Record:
-    models = {
-        name: {key: value for key, value in model.items() if key not in ("correct_bits", "latency_quantiles_ms")}
-        for name, model in run["models"].items()
-    }
+    models = copy.deepcopy(run["models"])  # so that a missing entry is still named with its file
+    for model in models.values():
+        for key in ("correct_bits", "latency_quantiles_ms"):
+            model.pop(key, None)
     kept = _only(run, "scenario", "method", "config", "environment", "dataset", "prepared_with", "summary", "pruning")
     return {**kept, "models": models}
 

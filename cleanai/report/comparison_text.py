@@ -1,33 +1,46 @@
 """The comparison of the methods as text and as CSV, made from its record alone."""
+
 from __future__ import annotations
 
 import csv
 import io
-import textwrap
 
 from cleanai.measure.significance import LEVEL
-from cleanai.report.comparison import METHODS, PAIRS, STAGES
-from cleanai.report.run_text import MODELS, Record, comparison_rows, origin_lines, prepared_with, summary_rows
+from cleanai.report.comparison import COMPARED, pairs_of
+from cleanai.report.run_text import comparison_rows, summary_rows
+from cleanai.report.wording import (
+    STAGES,
+    WIDTH,
+    Record,
+    heldout_images,
+    listed,
+    method_title,
+    origin_lines,
+    prepared_with,
+    row_text,
+    table_text,
+    wrapped,
+)
 
-_WIDTH = 104
-DIFFERENCE_COLUMNS = ("Difference in held-out accuracy", "Points", "95% interval", "Right alone", "p", "Beyond chance")
+DIFFERENCE_COLUMNS = ["Difference in held-out accuracy", "Points", "95% interval", "Discordant", "p", "Significant"]
 _COSTS = ("accuracy_percent", "accuracy_heldout_percent", "size_mib", "parameters", "macs")
 
 
 def side_by_side_rows(record: Record) -> list[tuple[str, list[str]]]:
-    """A label, and the values of: the original, both methods pruned, both fine-tuned; "-" where one has not run."""
-    runs = {method: run for method, run in record["runs"].items() if run}
+    """A label, then the values of the original network, of all methods pruned and of all fine-tuned; "-" if not run."""
+    methods, runs = list(record["runs"]), {method: run for method, run in record["runs"].items() if run}
     measured = {method: dict(comparison_rows(run)) for method, run in runs.items()}
     rows = []
     for label in dict.fromkeys(label for table in measured.values() for label in table):
-        values = {method: table.get(label, ["-"] * len(MODELS)) for method, table in measured.items()}
-        # Each run measured the original beside its own networks: both values, where they are not the same.
-        original = " / ".join(dict.fromkeys(of_models[0] for of_models in values.values()))
-        pruned, tuned = ([values[m][stage] if m in values else "-" for m in METHODS] for stage in (1, 2))
-        rows.append((label, [original, *pruned, *tuned]))
+        values = {method: table.get(label, ["-"] * len(STAGES)) for method, table in measured.items()}
+        # Each run measured the original network beside its own: both values, where they differ.
+        original = " / ".join(dict.fromkeys(of_stages[0] for of_stages in values.values()))
+        stages = [[values[m][stage] if m in values else "-" for m in methods] for stage in (1, 2)]
+        rows.append((label, [original, *stages[0], *stages[1]]))
     summaries = {method: dict(summary_rows(run)) for method, run in runs.items()}
     for label in next(iter(summaries.values())):
-        rows.append((label, ["", "", "", *(summaries[m][label] if m in summaries else "-" for m in METHODS)]))
+        final = [summaries[m][label] if m in summaries else "-" for m in methods]
+        rows.append((label, ["", *[""] * len(methods), *final]))
     return rows
 
 
@@ -35,94 +48,102 @@ def difference_rows(record: Record) -> list[list[str]]:
     """For each pair of networks the values of DIFFERENCE_COLUMNS, "-" where they are not known."""
     known = {(d["stage"], d["first"], d["second"]): d for d in record["differences"]}
     rows = []
-    for stage in STAGES:
-        for first, second in PAIRS:
-            difference = known.get((stage, first, second), {"stage": stage, "first": first, "second": second})
-            points = difference.get("difference_points")
-            row = [difference_name(difference), "-" if points is None else f"{points:+.2f}"]
-            if "p_value" in difference:
-                low, high = difference["interval_points"]
-                p = "< 0.001" if difference["p_value"] < 0.001 else f"{difference['p_value']:.3f}"
-                right_alone = f"{difference['only_second']} / {difference['only_first']}"
-                row += [f"{low:+.2f} to {high:+.2f}", right_alone, p, "yes" if difference["more_than_chance"] else "no"]
-            rows.append(row + ["-"] * (len(DIFFERENCE_COLUMNS) - len(row)))
+    for stage in COMPARED:
+        for first, second in pairs_of(list(record["runs"])):
+            difference = known.get((stage, first, second))
+            name = difference_name({"stage": stage, "first": first, "second": second})
+            if difference is None:
+                rows.append([name, *["-"] * (len(DIFFERENCE_COLUMNS) - 1)])
+                continue
+            low, high = difference["interval_points"]
+            p = "< 0.001" if difference["p_value"] < 0.001 else f"{difference['p_value']:.3f}"
+            discordant = f"{difference['only_second']} / {difference['only_first']}"
+            significant = "yes" if difference["significant"] else "no"
+            points = f"{difference['difference_points']:+.2f}"
+            rows.append([name, points, f"{low:+.2f} to {high:+.2f}", discordant, p, significant])
     return rows
 
 
 def difference_name(difference: Record) -> str:
-    """Which two networks a difference is of: the first minus the second."""
-    first, second = METHODS[difference["second"]], METHODS.get(difference["first"], "Original")
-    return f"{MODELS[difference['stage']]}: {first} - {second}"
+    """The two networks of a difference: the first minus the second."""
+    second = "Original" if difference["first"] == "original" else method_title(difference["first"])
+    return f"{STAGES[difference['stage']]}: {method_title(difference['second'])} - {second}"
 
 
 def explanation(record: Record) -> str:
-    """What the differences are, and what they do not tell."""
-    sizes = {
-        (run["dataset"]["test_images"], run["dataset"]["calibration_images"]) for run in record["runs"].values() if run
-    }
-    if len(sizes) == 1:
-        ((test, calibration),) = sizes
-        where = f"the {test - calibration:,} held-out test images: which channels go was decided on the other "
-        where += f"{calibration:,}"
+    """What the columns of the differences mean, and what they do not cover."""
+    runs = [run for run in record["runs"].values() if run]
+    counts = {(heldout_images(run), run["dataset"]["calibration_images"]) for run in runs}
+    if len(counts) == 1:
+        ((heldout, calibration),) = counts
+        where = f"the {heldout:,} held-out test images; the other {calibration:,} served for calibration"
     else:
         where = "the held-out test images of each method's run, which differ"
     sentences = [f"Differences are in percentage points, on {where}."]
     if any(" / " in values[0] for _, values in side_by_side_rows(record)):
-        sentences.insert(0, "Two values of the original: each method's run timed it anew, beside its own networks.")
-    if any("p_value" in difference for difference in record["differences"]):
+        sentences.insert(0, "Two values of the original network: each run timed it beside its own networks.")
+    if record["differences"]:
         sentences.append(
-            "The 95% interval is that of a bootstrap over the images. Right alone: how many images only the first of "
-            "the two networks recognised, and how many only the second. p is that of the exact McNemar test on these; "
-            f"below {LEVEL:g} a difference is beyond chance, each taken by itself. The chance meant is that of other "
-            "test images: training again with another seed makes other networks, and how far those would differ is not "
-            "measured."
+            "The 95% interval is from a bootstrap over the images. Discordant: images that only the first / only the "
+            f"second network classifies correctly. p: exact McNemar test on these; significant below {LEVEL:g}, each "
+            "difference by itself. This covers variation between test images, not between training seeds."
         )
     return " ".join(sentences)
 
 
 def original_line(record: Record) -> str:
-    """How the network that both methods began with came to be."""
-    run, preparation = _any_run(record), record["preparation"]
+    """How the network that all methods started from was made."""
+    run, preparation = any_run(record), record["preparation"]
     line = f"Original network: {prepared_with(run)}"
     if preparation and all(run["prepared_with"].get(key) == value for key, value in preparation["config"].items()):
-        models = preparation["models"]
-        return f"{line}; test accuracy {models['before']['accuracy_percent']:.2f}% before that training"
+        before = preparation["models"]["before"]["accuracy_percent"]
+        return f"{line}; test accuracy {before:.2f}% before that training"
     return f"{line}; test accuracy before that training: -"
 
 
 def comparison_text(record: Record) -> str:
-    """All that the comparing script prints: the answer, the two tables, and what to know of them."""
-    header = "".join(f"{METHODS['Coverage']:>17}{METHODS['Wanda']:>11}" for _ in STAGES)
-    difference_widths = (44, 8, 17, 13, 8, 14)
-    lines = [_cells(row, difference_widths) for row in (DIFFERENCE_COLUMNS, *difference_rows(record))]
+    """All that the comparing script prints: the answer, the two tables, and their explanation."""
+    titles = [method_title(method) for method in record["runs"]]
+    widths = [max(10, len(title) + 2) for title in titles]
+    rows = side_by_side_rows(record)
+    # One table, or when that is too wide one per stage.
+    together = 32 + 14 + 2 * sum(widths) <= WIDTH
+    tables = [COMPARED] if together else [[stage] for stage in COMPARED]
+    lines = [f"{listed(titles).upper()} - COMPARISON TABLE", "=" * WIDTH]
+    for stages in tables:
+        heading = [f"{STAGES[stage]:>{sum(widths)}}" for stage in stages]
+        shown = [COMPARED.index(stage) * len(titles) + 1 for stage in stages]
+        columns = [32, 14, *widths * len(stages)]
+        lines += [
+            f"{'':<46}{''.join(heading)}",
+            row_text(["Metric", STAGES["original"], *titles * len(stages)], columns),
+            "-" * WIDTH,
+        ]
+        for label, values in rows:
+            of_stages = [value for start in shown for value in values[start : start + len(titles)]]
+            lines.append(row_text([label, values[0], *of_stages], columns))
+        lines.append("-" * WIDTH)
+    names = [row[0] for row in difference_rows(record)]
+    first = max(44, *(len(name) + 1 for name in names))
     return "\n".join(
         [
-            *(textwrap.fill(sentence, _WIDTH) for sentence in record["answer"]),
+            *map(wrapped, record["answer"]),
             "",
-            origin_lines({"dataset": _any_run(record)["dataset"]}),
-            original_line(record),
+            *map(wrapped, origin_lines({"dataset": any_run(record)["dataset"]})),
+            wrapped(original_line(record)),
             "",
-            "NEURON COVERAGE AND WANDA - COMPARISON TABLE",
-            "=" * _WIDTH,
-            f"{'':<48}" + "".join(f"{MODELS[stage]:>28}" for stage in STAGES),
-            f"{'Metric':<33}{'Original (FT)':>15}{header}",
-            "-" * _WIDTH,
-            *(_cells([label, *values], (33, 15, 17, 11, 17, 11)) for label, values in side_by_side_rows(record)),
-            "-" * _WIDTH,
+            *lines,
             "",
-            lines[0],
-            "-" * _WIDTH,
-            *lines[1:],
-            "-" * _WIDTH,
-            textwrap.fill(explanation(record), _WIDTH),
-            *(f"- {remark}" for remark in record["remarks"]),  # not folded: they hold commands to copy
+            *table_text([DIFFERENCE_COLUMNS, *difference_rows(record)], [first, 7, 17, 11, 8, 12]),
+            wrapped(explanation(record)),
+            *(f"- {remark}" for remark in record["remarks"]),  # not wrapped: they hold commands to copy
         ]
     )
 
 
 def comparison_csv(record: Record) -> str:
-    """One line per network, units in the names of the columns; empty where something is not known."""
-    names = {"original": "minus_original", "Coverage": "minus_neuron_coverage"}
+    """One line per network, units in the names of the columns; empty where a value is not known."""
+    names = {first: f"minus_{first.lower()}" for first, _ in pairs_of(list(record["runs"]))}
     measures = ("points", "low_points", "high_points", "p_value")
     columns = ["network", "method", *_COSTS, "latency_mean_ms", "throughput_images_per_s"]
     columns += [f"{prefix}_{measure}" for prefix in names.values() for measure in measures]
@@ -131,23 +152,18 @@ def comparison_csv(record: Record) -> str:
     writer.writeheader()
     for method, run in record["runs"].items():
         for name, model in run["models"].items() if run else ():
-            row = {"network": name, "method": METHODS[method], **{key: model[key] for key in _COSTS}}
+            row = {"network": name, "method": method_title(method), **{key: model[key] for key in _COSTS}}
             row["latency_mean_ms"] = model["latency_ms"]["mean"]
             row["throughput_images_per_s"] = model["throughput_images_per_s"]
             for difference in record["differences"]:
                 if (difference["stage"], difference["second"]) == (name, method):
-                    low, high = difference.get("interval_points", ("", ""))
-                    values = (difference["difference_points"], low, high, difference.get("p_value", ""))
+                    values = (difference["difference_points"], *difference["interval_points"], difference["p_value"])
                     prefix = names[difference["first"]]
                     row.update({f"{prefix}_{measure}": value for measure, value in zip(measures, values)})
             writer.writerow(row)
     return file.getvalue()
 
 
-def _any_run(record: Record) -> Record:
+def any_run(record: Record) -> Record:
+    """The record of the first method that has run."""
     return next(run for run in record["runs"].values() if run)
-
-
-def _cells(values: list[str] | tuple[str, ...], widths: tuple[int, ...]) -> str:
-    first = f"{values[0]:<{widths[0]}}"
-    return (first + "".join(f"{value:>{width}}" for value, width in zip(values[1:], widths[1:]))).rstrip()

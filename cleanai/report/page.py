@@ -1,26 +1,19 @@
-"""How a PDF of this project looks: its styles, tables and pages."""
+"""The styles, tables and pages of the PDFs."""
+
 from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
-import reportlab
 from reportlab.lib import colors
 from reportlab.lib.enums import TA_CENTER, TA_RIGHT
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
-from reportlab.pdfbase import pdfmetrics
-from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import Flowable, Image, KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
-from reportlab.platypus.tableofcontents import TableOfContents
 
 from cleanai.report.charts import BOLD, DARK, FONT, GREY, LINES, MARGIN, PADDING, WIDTH
-
-for _name in (FONT, BOLD):  # every paragraph asks for its font when it is made
-    pdfmetrics.registerFont(TTFont(_name, str(Path(reportlab.__file__).parent / "fonts" / f"{_name}.ttf")))
 
 _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12, spaceBefore=4)
 _LEAD = ParagraphStyle("lead", parent=_TEXT, fontSize=10, leading=14, spaceAfter=3)
@@ -29,45 +22,22 @@ _NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
 _TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK, spaceBefore=0)
 _WARNING = ParagraphStyle("warning", parent=_TEXT, fontName=BOLD, spaceBefore=5, textColor=colors.HexColor("#b00020"))
 _HEADING = ParagraphStyle("heading", parent=_TITLE, fontSize=11, leading=14, spaceBefore=10)
-_CONTENTS = ParagraphStyle("contents", parent=_HEADING)
-_ENTRY = ParagraphStyle("entry", parent=_CELL, spaceBefore=0)
 _SMALL = ParagraphStyle("small", parent=_TEXT, fontSize=7, leading=9.5)
 _CAPTION = ParagraphStyle("caption", parent=_TEXT, fontSize=6.5, leading=8, alignment=TA_CENTER)
-_MANY_PAGES = 4  # more have a table of contents
 
 
 class _Document(SimpleDocTemplate):
-    """Pages that tell the table of contents, and the outline beside them, where each section after them begins."""
+    """Adds each section to the outline beside the pages."""
 
     def afterFlowable(self, flowable: Flowable) -> None:
-        if isinstance(flowable, Paragraph) and flowable.style.name == _HEADING.name and self.page > 1:
+        if isinstance(flowable, Paragraph) and flowable.style.name == _HEADING.name:
             heading = flowable.getPlainText()
             self.canv.bookmarkPage(heading)
             self.canv.addOutlineEntry(heading, heading)
-            self.notify("TOCEntry", (0, heading, self.page, heading))
 
 
-def build_pdf(scenario: str, title: str, story: list[Any], opening: Sequence[Any] = ()) -> bytes:
-    """A PDF of `opening` and `story` below a title, with the scenario's name and the page number at the foot.
-
-    When there are more than four pages, a table of contents follows the opening.
-    """
-
-    def build(contents: Sequence[Any] = ()) -> tuple[bytes, int]:
-        file = io.BytesIO()
-        document = _Document(
-            file,
-            pagesize=A4,
-            leftMargin=MARGIN,
-            rightMargin=MARGIN,
-            topMargin=MARGIN,
-            bottomMargin=MARGIN,
-            title=f"{scenario}: {title}",
-            author="CleanAI",
-        )
-        whole = [Paragraph(title, _TITLE), *opening, *contents, *story]
-        document.multiBuild(whole, onFirstPage=draw_footer, onLaterPages=draw_footer)
-        return file.getvalue(), document.page
+def build_pdf(scenario: str, title: str, story: list[Any]) -> bytes:
+    """A PDF of a title and `story`, with the scenario's name and the page number at the foot, and an outline."""
 
     def draw_footer(canvas: Any, document: Any) -> None:
         canvas.setFont(FONT, 7)
@@ -75,12 +45,11 @@ def build_pdf(scenario: str, title: str, story: list[Any], opening: Sequence[Any
         canvas.drawString(MARGIN + PADDING, MARGIN / 2, scenario)
         canvas.drawRightString(A4[0] - MARGIN - PADDING, MARGIN / 2, f"Page {document.page}")
 
-    content, pages = build()
-    if pages <= _MANY_PAGES:
-        return content
-    style = TableStyle([("TOPPADDING", (0, 0), (-1, -1), 1), ("BOTTOMPADDING", (0, 0), (-1, -1), 1)])
-    contents = TableOfContents(levelStyles=[_ENTRY], dotsMinLevel=0, tableStyle=style)
-    return build([Paragraph("What follows", _CONTENTS), Spacer(1, 4), contents])[0]
+    file = io.BytesIO()
+    margins = dict.fromkeys(("leftMargin", "rightMargin", "topMargin", "bottomMargin"), MARGIN)
+    document = _Document(file, pagesize=A4, title=f"{scenario}: {title}", author="CleanAI", **margins)
+    document.build([Paragraph(title, _TITLE), *story], onFirstPage=draw_footer, onLaterPages=draw_footer)
+    return file.getvalue()
 
 
 def text(content: str) -> Paragraph:
@@ -89,27 +58,27 @@ def text(content: str) -> Paragraph:
 
 
 def lead(content: str) -> Paragraph:
-    """A paragraph of what matters most."""
+    """A paragraph of the main result."""
     return Paragraph(_escaped(content), _LEAD)
 
 
 def small(content: str) -> Paragraph:
-    """A paragraph of what is looked up, or copied."""
+    """A paragraph of details and commands."""
     return Paragraph(_escaped(content), _SMALL)
 
 
 def warning(content: str) -> Paragraph:
-    """A paragraph that nobody overlooks."""
+    """A conspicuous paragraph."""
     return Paragraph(_escaped(f"Warning: {content}"), _WARNING)
 
 
 def section(heading: str, *content: Any) -> list[Any]:
-    """A heading and what belongs to it, on one page."""
+    """A heading and its content, on one page."""
     return [KeepTogether([Paragraph(heading, _HEADING), Spacer(1, 4), *content])]
 
 
 def table(rows: list[list[str]], widths: list[float]) -> Table:
-    """A table whose first row is its heading; all columns but the first are numbers."""
+    """A table whose first row is its heading. All columns but the first are numbers."""
     rows = [[_escaped(cell) for cell in row] for row in rows]
     rows[0] = [f"<font name='{BOLD}' color='white'>{cell}</font>" for cell in rows[0]]
     cells = [[Paragraph(cell, _NUMBER if column else _CELL) for column, cell in enumerate(row)] for row in rows]
@@ -126,7 +95,7 @@ def table(rows: list[list[str]], widths: list[float]) -> Table:
 def pictures(rows: list[tuple[str, str]], abreast: int) -> Table:
     """Small pictures, as PNG in base64, each above its caption, `abreast` of them in a row."""
     cells = [[_picture(content), Paragraph(_escaped(caption), _CAPTION)] for content, caption in rows]
-    cells += [""] * (-len(cells) % abreast)
+    cells += [[]] * (-len(cells) % abreast)
     lines = [cells[start : start + abreast] for start in range(0, len(cells), abreast)]
     style = [("VALIGN", (0, 0), (-1, -1), "TOP"), ("ALIGN", (0, 0), (-1, -1), "CENTER")]
     return Table(lines, colWidths=[WIDTH / abreast] * abreast, style=TableStyle(style))
@@ -138,7 +107,7 @@ def _picture(content: str) -> Image:
 
 
 def pairs(rows: list[tuple[str, str]], numbers: bool = False, abreast: int = 1) -> Table:
-    """A table of labels and values, `abreast` of them in a row, to be read downwards."""
+    """A table of labels and values, `abreast` of them in a row, in reading order downwards."""
     height = -(-len(rows) // abreast)
     rows = [*rows, *[("", "")] * (height * abreast - len(rows))]
     cells = [

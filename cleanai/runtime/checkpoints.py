@@ -1,27 +1,42 @@
 """Checkpoints (plain dictionaries of tensors, numbers and strings) and records (JSON).
 
-What is read is checked before it is believed, and nothing but plain data is unpickled. PyTorch is imported where it is
-needed: printing the table of a finished run takes none of it.
+Both are verified when they are read. Nothing but plain data is unpickled. PyTorch is imported where it is needed, so
+that the table of a finished run is printed without it.
 """
+
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.archives import all_finite, verified_size
 from cleanai.runtime.files import write_bytes, writing
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
-# What the entries of a checkpoint are, of those that are there.
-_TYPES = {
+# The types of a checkpoint's entries, where they are present.
+_TYPES: dict[str, type] = {
     **dict.fromkeys(("config", "state_dict", "training", "pruning", "evaluation"), dict),
     **dict.fromkeys(("classes", "history"), list),
 }
+
+
+class _Content(dict):
+    """The entries of a file. A missing one is a UserError that names the file."""
+
+    def __init__(self, path: Path, entries: Any) -> None:
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(
+            f'{self.path} has no "{key}": another version of this project wrote it. Start over with --fresh'
+        )
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -34,52 +49,41 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
-class _Content(dict):
-    """What a file holds; asking for what it lacks is a UserError that names the file."""
-
-    def __init__(self, path: Path, entries: Any) -> None:
-        super().__init__(entries)
-        self.path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(f'{self.path} lacks "{key}": delete it, and run the script again that made it')
-
-
 def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU.
 
-    Raises UserError when a byte of it has changed, when it is not ours or of a newer version, when a number in it is
-    not finite, and when an entry is not as `expected` (for example model="ResNet18").
+    Raises UserError when a byte of it has changed, when it is no checkpoint of ours or of a newer version, when a
+    number in it is not finite, and when an entry is not as `expected` (for example model="ResNet18").
     """
-    import torch
-
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
     )
     try:
         archive_bytes = verified_size(path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of what it does itself
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
-            raise damaged
-        if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
-            raise damaged
-        finite = all_finite(content, archive_bytes)
-    except (OSError, MemoryError, UserError):
+        content = load_plain_data(path)
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a pickle can make torch.load raise anything
-        if "allocate memory" in str(error):  # for no more than the file holds: that is no fault of the file
+        if "allocate memory" in str(error):  # for no more than the file holds: the file is not at fault
             raise
         raise damaged from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
+        raise damaged
+    if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
+        raise damaged
+    if tensor_bytes(content) > archive_bytes:  # a forged tensor can claim more memory than its file has
+        raise damaged
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
-    if not finite:
+    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(content)):
         raise UserError(
             f"{path} holds numbers that are not finite: delete it, and run the script again that made it, "
             "with a lower --lr if that made them"
         )
     content = _Content(path, content)
+    for key in ("config", "training", "pruning", "evaluation"):
+        if key in content:
+            content[key] = _Content(path, content[key])
     for key, value in expected.items():
         if content[key] != value:
             raise UserError(
@@ -89,8 +93,57 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     return content
 
 
+def load_plain_data(path: Path) -> Any:
+    """`torch.load` on the CPU of tensors and plain data alone. A damaged file can raise anything."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of its own code
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def verified_size(path: Path) -> int:
+    """The bytes of an archive's members. ValueError unless the archive is whole and every checksum is right.
+
+    torch.load compares no checksums, and unpacks whatever size a forged archive claims. torch.save compresses nothing,
+    so no member is larger than its file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        if packed or size > path.stat().st_size or archive.testzip() is not None:
+            raise ValueError(path)
+    return size
+
+
+def tensor_bytes(content: Any) -> int:
+    """The memory that the tensors in nested containers need, shared or copied, whichever is more."""
+    tensors = _tensors(content)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return max(sum(storages.values()), sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _tensors(content: Any) -> list[Any]:
+    import torch
+
+    waiting, visited, tensors = [content], set(), []
+    while waiting:
+        entry = waiting.pop()
+        if id(entry) in visited:  # a pickle may hold the same list a million times
+            continue
+        visited.add(id(entry))
+        if isinstance(entry, torch.Tensor):
+            tensors.append(entry)
+        elif isinstance(entry, dict):
+            waiting += entry.values()
+        elif isinstance(entry, (list, tuple)):
+            waiting += entry
+    return tensors
+
+
 def find_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read a checkpoint that an earlier run left, or None; UserError when that run had other settings."""
+    """Read a checkpoint that an earlier run left, or None. UserError when that run had other settings."""
     if not path.exists():
         return None
     content = load_checkpoint(path)
@@ -99,12 +152,12 @@ def find_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write the measured numbers as JSON."""
-    write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
+    """Write the measured numbers as JSON, with their checksum."""
+    write_bytes(path, _json({**record, "sha256": _checksum(record)}).encode("utf-8"))
 
 
 def find_record(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the record of a finished run, or None; UserError when that run had other settings."""
+    """Read the record of a finished run, or None. UserError when that run had other settings."""
     record = read_record(path)
     if record:
         _refuse_other_settings(path, record["config"], config)
@@ -112,15 +165,25 @@ def find_record(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Read the record of a finished run whatever its settings, or None if there is none."""
+    """Read a record, or None if there is none. UserError when it is not as `write_record` wrote it."""
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda entries: _Content(path, entries))
-        record["config"].items()
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: delete it, and run again to measure anew") from error
+        intact = isinstance(record, dict) and record.pop("sha256", None) == _checksum(record)
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path} is damaged or was edited: delete it, and run its script again to measure again")
     return record
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(_json(record).encode("utf-8")).hexdigest()
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
@@ -137,7 +200,7 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
             )
         if key == "conditions":
             raise UserError(
-                f"{path} was made under other conditions ({before}) than are found now ({now}): "
+                f"{path} was made under other conditions ({before}) than this run has ({now}): "
                 "use another --checkpoints-dir, or start over with --fresh"
             )
         option = "--" + key.replace("_", "-")

@@ -1,4 +1,5 @@
-"""What computes: the device and the precision, chosen once and handed to whatever runs a network."""
+"""The device and the precision, chosen once and passed to whatever runs a network."""
+
 from __future__ import annotations
 
 import os
@@ -6,31 +7,30 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet
 from cleanai.runtime import distributed
-from cleanai.runtime.progress import progress
 
 _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+
 @dataclass(frozen=True)
 class Compute:
-    """A device, the precision networks run in on it, and the reason for that precision.
+    """A device, the precision that networks run in on it, and the reason for that precision.
 
-    `deterministic` says whether every run computes the same, as a CPU always does.
-    `inference_pixels` is how many go through a network at once where that does not change what comes out.
+    `deterministic`: every run computes the same, as a CPU always does.
+    `inference_pixels`: how many pixels pass a network at once where the batch size does not change the result.
     """
 
     device: torch.device
     precision: str
     reason: str
     deterministic: bool = False
-    inference_pixels: int = 32 * 32**2  # what a hook computes from few still lies in the cache
+    inference_pixels: int = 32 * 32**2  # a hook's values of so few are still in the cache
 
     def autocast(self) -> torch.autocast:
         """A context in which networks run in the chosen precision; weights and sums stay float32."""
@@ -38,7 +38,7 @@ class Compute:
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision in _LOW_PRECISION)
 
     def gradient_scaler(self) -> Any:
-        """Keeps small gradients from vanishing in float16; does nothing in other precisions."""
+        """Keeps small gradients from becoming zero in float16; does nothing in other precisions."""
         enabled = self.precision == "float16"
         if hasattr(torch.amp, "GradScaler"):
             return torch.amp.GradScaler(self.device.type, enabled=enabled)
@@ -49,14 +49,9 @@ class Compute:
         return network.to(self.device, memory_format=torch.channels_last)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that a clock read afterwards is true."""
+        """Wait until the device has finished its work. Call it before reading a clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def batches(self, images: ImageSet, title: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield all inputs and labels as `images.batches`, in a size that suits the device, under a progress bar."""
-        size = max(1, self.inference_pixels // images.pixels[0, 0].numel())
-        return progress(images.batches(size), title, "batch", total=-(-len(images) // size))
 
     @property
     def description(self) -> str:
@@ -65,18 +60,18 @@ class Compute:
 
     @property
     def device_name(self) -> str:
-        """The name its maker gave the device."""
+        """The product name of the device."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name()
 
 
 def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
-    """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); meet other processes.
+    """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); join other processes.
 
-    With `deterministic` PyTorch is told, for the whole program, to use a GPU in ways that give the same every time.
-    Raises UserError when CUDA is asked for and is not there, or a precision that the device does not have.
+    With `deterministic` PyTorch uses deterministic algorithms on a GPU, in the whole program.
+    Raises UserError when the device or the precision asked for is not available.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for and PyTorch finds none: use --device cpu, or install PyTorch's CUDA build")
+        raise UserError("PyTorch finds no CUDA device: use --device cpu, or install PyTorch's CUDA build")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if precision == "float16" and not on_gpu:
         raise UserError("float16 is for GPUs: use --precision auto, bfloat16 or float32")
@@ -88,22 +83,22 @@ def choose_compute(device: str, precision: str, deterministic: bool = False) -> 
     chosen = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-        # Batches keep their size, so the fastest algorithm is looked for once; which one wins differs from run to run.
+        # Batches keep their size, so the fastest algorithm is searched once. The choice differs from run to run.
         torch.backends.cudnn.benchmark = not deterministic
         if deterministic:
-            _forbid_chance()
+            _use_deterministic_algorithms()
     suited, reason = _suited_precision(chosen)
     if precision != "auto":
-        suited, reason = precision, "as asked for"
+        suited, reason = precision, "as requested"
     distributed.join(chosen)
     return Compute(chosen, suited, reason, deterministic or not on_gpu, (1000 if on_gpu else 32) * 32**2)
 
 
-def _forbid_chance() -> None:
-    """Keep PyTorch to algorithms that give the same every time; an operation that has none is an error."""
+def _use_deterministic_algorithms() -> None:
+    """Limit PyTorch to deterministic algorithms. An operation that has none is an error."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it is used first
     torch.use_deterministic_algorithms(True)
-    if hasattr(torch.utils, "deterministic"):  # PyTorch 2.2; filling memory that is written anyway would cost time
+    if hasattr(torch.utils, "deterministic"):  # PyTorch 2.2; filling memory costs time and changes nothing here
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
@@ -114,8 +109,8 @@ def _suited_precision(device: torch.device) -> tuple[str, str]:
             return "bfloat16", "faster than float32 on this hardware"
         if generation >= (7, 0):
             return "float16", "faster than float32 on this hardware, which has no bfloat16"
-        return "float32", "this GPU has no units for less"
-    # Without such units a CPU emulates bfloat16, which is slower than float32.
+        return "float32", "this GPU is not faster in a lower precision"
+    # A CPU without these units emulates bfloat16, more slowly than float32.
     if any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")):
         return "bfloat16", "faster than float32 on this hardware"
     return "float32", "this hardware has no bfloat16 units"

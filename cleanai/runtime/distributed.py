@@ -1,8 +1,9 @@
-"""Several processes on one training, as torchrun starts them: who this process is, and what all must agree on.
+"""Several processes on one training, as torchrun starts them.
 
-Every process runs the same script and comes to the same results; the first one alone prints and writes. PyTorch is
-imported where it is needed, so that a script which has nothing to do answers at once.
+Every process runs the same script and reaches the same results; only the first one prints and writes. PyTorch is
+imported where it is needed, so that a finished script answers at once.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
-_left = False  # the others have ended, and this process goes on alone
+_alone = False  # the other processes have ended
 
 
 def rank() -> int:
@@ -25,91 +25,76 @@ def rank() -> int:
 
 
 def processes() -> int:
-    """How many processes take part."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """The number of this process on its machine: the GPU it takes."""
+    """The number of this process on its machine, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_processes() -> int:
-    """How many processes take part on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, if there are any and that was not done yet."""
-    import torch.distributed as dist
-
-    if processes() > 1 and not _left and not dist.is_initialized():
-        # The others wait while the first one downloads, which may take hours.
+    """Join the other processes, if there are any, once."""
+    if processes() > 1 and not _alone and not _dist().is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        # The others wait while the first one downloads, which may take hours.
+        _dist().init_process_group(backend, timeout=datetime.timedelta(days=1))
 
 
 def end_all_but_first() -> None:
-    """End every process but the first: what is left to do is measured, printed and written once."""
-    global _left
-    if processes() > 1 and not _left:
-        import torch.distributed as dist
-
-        _left = True
-        dist.barrier()
-        dist.destroy_process_group()
+    """End every process but the first, which measures, prints and writes."""
+    global _alone
+    if processes() > 1 and not _alone:
+        _alone = True
+        _dist().barrier()
+        _dist().destroy_process_group()
         if rank() > 0:
             sys.exit(0)
 
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """A context that the first process goes through before the others enter it: what it wrote is there for them."""
+    """A context that the first process completes before the others enter it: they find what it wrote."""
     if _together() and rank() > 0:
-        _barrier()
+        _dist().barrier()
     yield
     if _together() and rank() == 0:
-        _barrier()
+        _dist().barrier()
 
 
 def agreed(value: Any) -> Any:
     """The first process's value (plain data) in all of them."""
-    if not _together():
-        return value
-    import torch.distributed as dist
-
     values = [value]
-    dist.broadcast_object_list(values)
+    if _together():
+        _dist().broadcast_object_list(values)
     return values[0]
 
 
 def agree_on(network: nn.Module) -> None:
     """Give all processes the first one's weights and buffers."""
     if _together():
-        import torch.distributed as dist
-
         for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
+            _dist().broadcast(tensor, 0)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' tensors, in place."""
     if _together():
-        import torch.distributed as dist
-
-        dist.all_reduce(tensor)
+        _dist().all_reduce(tensor)
     return tensor
 
 
 def _together() -> bool:
-    if processes() == 1:
-        return False
-    import torch.distributed as dist
-
-    return dist.is_initialized()
+    return processes() > 1 and _dist().is_initialized()
 
 
-def _barrier() -> None:
-    import torch.distributed as dist
+def _dist() -> Any:
+    import torch.distributed
 
-    dist.barrier()
+    return torch.distributed

@@ -1,33 +1,27 @@
-"""Files from the internet: checked, and in place only when they are whole and the right ones."""
+"""Files from the internet."""
+
 from __future__ import annotations
 
-import hashlib
 import http.client
-import urllib.request
+import socket
+import sys
 from pathlib import Path
 
-from cleanai import __version__
-from cleanai.runtime.files import replacing
-from cleanai.runtime.progress import progress
+from torch.hub import download_url_to_file
 
-# What `download` raises; of a disk that takes no more, too.
-FAILURES = (OSError, http.client.HTTPException)
+FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # what `download` raises
+_TIMEOUT_S = 60
 
 
-def download(url: str, path: Path, algorithm: str, checksum: str) -> None:
-    """Fetch `url` into `path`; one of FAILURES unless its size is as told and its checksum begins with `checksum`.
+def download(url: str, path: Path, sha256_prefix: str | None = None) -> None:
+    """Download `url` to `path`, which appears only when the download is complete.
 
-    `algorithm` is a name of hashlib's, such as "sha256".
+    Raises one of FAILURES, also when the SHA-256 does not begin with `sha256_prefix`.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": f"cleanai/{__version__}"})
-    digest = hashlib.new(algorithm)
-    with replacing(path) as file, urllib.request.urlopen(request, timeout=60) as response:
-        size = response.length  # None when the server does not tell
-        blocks = iter(lambda: response.read(2**20), b"")
-        for block in progress(blocks, f"Downloading {path.name}", "MiB", size and size // 2**20):
-            digest.update(block)
-            file.write(block)
-        if size is not None and file.tell() != size:
-            raise OSError(f"the connection ended after {file.tell():,} of {size:,} bytes")
-        if not digest.hexdigest().startswith(checksum):
-            raise OSError(f"its {algorithm.upper()} is not that of the published file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub sets none
+    try:
+        download_url_to_file(url, str(path), sha256_prefix, progress=sys.stderr is not None and sys.stderr.isatty())
+    finally:
+        socket.setdefaulttimeout(before)

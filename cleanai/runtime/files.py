@@ -1,8 +1,8 @@
-"""Files on disk: written whole or not at all.
+"""Files on disk, written atomically: a reader finds the old file or the new one, never a part.
 
-Every write is atomic: a reader sees the old file or the new one, never a part. Of several processes on one training the
-first alone writes and deletes.
+Of several processes on one training only the first writes and deletes.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import BinaryIO, Iterator
 from cleanai import UserError
 from cleanai.runtime import distributed
 
-ABANDONED_S = 3600  # a run at work never rests that long: a connection without data is given up after a minute
+ABANDONED_S = 3600  # a running download or decoding writes far more often than that
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -27,7 +27,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Delete a file if it is there."""
+    """Delete a file if it exists."""
     if distributed.rank() == 0:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
@@ -44,10 +44,9 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
+    """Open a temporary file beside `path` that replaces it once it is complete and on the disk.
 
-    A run that is killed leaves it: of what a script makes `Scenario.remove_unfinished` clears it away, of downloads and
-    decoded images `remove_leftovers`.
+    A killed run leaves the temporary file; `Scenario.remove_unfinished` and `remove_leftovers` delete it.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,27 +57,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # it may never have come to be
+        with contextlib.suppress(OSError):  # replaced, or never created
             temporary.unlink()
 
 
 def remove_leftovers(*paths: Path) -> None:
-    """Delete the temporary files of these that killed runs left: those that nobody has written to for an hour."""
+    """Delete temporary files of these that killed runs left: those that were not written to for an hour."""
     for path in paths:
-        for temporary in path.parent.glob(f"{path.name}.*.tmp"):
+        for temporary in path.parent.glob(f"{path.name}.*"):
             with contextlib.suppress(OSError):  # another run may be faster, or the folder read-only
-                if time.time() - temporary.stat().st_mtime > ABANDONED_S:
+                old = time.time() - temporary.stat().st_mtime > ABANDONED_S
+                if old and temporary.suffix in (".tmp", ".partial"):  # ours, and those of torch.hub
                     temporary.unlink()
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """The same, with a UserError when the file cannot be written."""
+    """As `replacing`, with a UserError when the file cannot be written."""
     try:
         with replacing(path) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own where its file does not take what it is given.
+        # torch.save turns an OSError of its file into a RuntimeError.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(reason, OSError):
             raise
@@ -86,13 +86,13 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What a script ends with when the disk is full, say, or the folder read-only."""
+    """The error for a full disk, a read-only folder and the like."""
     return UserError(
-        f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: mend that and run the "
-        "same command to go on, or use another --checkpoints-dir"
+        f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: solve that and run the "
+        "same command again, or use another --checkpoints-dir"
     )
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without line breaks."""
+    """The message of an error without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,89 +1,59 @@
 """One run of a script at a time on the same files."""
+
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Iterator
+
+from filelock import FileLock, Timeout
 
 from cleanai import UserError
 from cleanai.runtime import distributed
 from cleanai.runtime.files import cannot_write
 from cleanai.runtime.scenario import Scenario
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # a network file system without locks: run unprotected
+
 
 @contextlib.contextmanager
 def only_run(scenario: Scenario) -> Iterator[None]:
-    """Keep other runs of the same script off its files, and clear away what a killed one left half-written.
+    """Keep other runs of the same script off its files, and remove what a killed run left half-written.
 
-    The operating system lets the lock go with its process, however that ends. Raises UserError when another run has
-    it, or the folder cannot be written. Of the processes of one run under torchrun the first has it for all.
+    The operating system releases the lock when its process ends, however it ends. Under torchrun the first process
+    holds it for all. Raises UserError when another run holds it, or when the folder cannot be written.
     """
     if distributed.rank() > 0:
         yield
         return
-    made = [folder for folder in (scenario.folder, *scenario.folder.parents) if not folder.exists()]
+    folders = (scenario.folder, scenario.lock.parent, *scenario.lock.parent.parents)
+    new_folders = [folder for folder in folders if not folder.exists()]
+    lock = FileLock(scenario.lock, timeout=0)
     try:
-        scenario.folder.mkdir(parents=True, exist_ok=True)
-        file = _acquired(scenario.lock)
-    except OSError as error:
-        raise cannot_write(scenario.lock, error) from error
-    if file is None:
+        for folder in folders[:2]:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
         raise UserError(
-            f"Another run of this script is at work in {scenario.folder}: wait for its end, "
+            f"Another run of this script is at work in {scenario.folder}: wait until it ends, "
             "or use another --checkpoints-dir"
-        )
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise cannot_write(scenario.lock, error) from error
     try:
         scenario.remove_unfinished()
         yield
     finally:
-        _release(file, scenario.lock)
-        for folder in made:  # a run that failed before it wrote anything leaves nothing
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        lock.release()
+        if scenario.folder in new_folders:
+            _remove_empty(scenario, new_folders)
 
 
-if os.name == "nt":
-    import msvcrt
-
-    def _acquired(path: Path) -> BinaryIO | None:
-        """The locked file, or None when another process has it."""
-        file = path.open("ab")
-        file.seek(0)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            file.close()
-            return None
-        return file
-
-    def _release(file: BinaryIO, path: Path) -> None:
-        file.close()
-        with contextlib.suppress(OSError):  # another run may have opened it by now, and removes it in its turn
-            path.unlink()
-
-else:
-    import fcntl
-
-    def _acquired(path: Path) -> BinaryIO | None:
-        """The locked file, or None when another process has it."""
-        while True:
-            file = path.open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-            except BlockingIOError:
-                file.close()
-                return None
-            except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    return file  # a network file system, say, that knows no locks: nothing keeps a second run away
-                raise
-            file.close()  # its last owner removed it between the two calls: this lock would keep nobody away
-
-    def _release(file: BinaryIO, path: Path) -> None:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        file.close()
+def _remove_empty(scenario: Scenario, new_folders: list) -> None:
+    """Remove the folders of a run that failed before it wrote anything."""
+    with contextlib.suppress(OSError):  # a folder that is not empty stays, and those around it
+        scenario.folder.rmdir()
+        scenario.lock.unlink(missing_ok=True)  # filelock may have removed it
+        for folder in new_folders[1:]:
+            folder.rmdir()

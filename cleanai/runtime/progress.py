@@ -1,8 +1,8 @@
-"""The one progress bar: drawn on a terminal, silent when the output goes to a file."""
+"""Progress bars: drawn on a terminal, silent when the output goes to a file."""
+
 from __future__ import annotations
 
-import contextlib
-from typing import Callable, Iterable, Iterator, TypeVar
+from typing import Any, Iterable, TypeVar
 
 from tqdm import tqdm
 
@@ -10,32 +10,18 @@ from cleanai.runtime import distributed
 
 Item = TypeVar("Item")
 
-_whole: tqdm | None = None  # the bar of `one_bar`, while there is one
-
 
 def progress(items: Iterable[Item], title: str, unit: str, total: int | None = None) -> Iterable[Item]:
-    """Yield the items under a bar that is gone when they are done; `total` for those that have no length."""
-    if _whole is not None:
-        _whole.set_postfix_str(title)
-        return items
-    return _bar(items, desc=title, unit=unit, total=total)
+    """Yield the items under a bar that disappears when they are done. `total` is for items without a length."""
+    return progress_bar(title, unit, total, iterable=items)
 
 
-@contextlib.contextmanager
-def one_bar(title: str, unit: str, total: int, done: int) -> Iterator[Callable[[], None]]:
-    """A bar for work of `total` parts, which yields what ticks one off; `progress` tells on it what is being done."""
-    global _whole
-    with _bar(desc=title, unit=unit, total=total, initial=done) as _whole:
-        try:
-            yield _whole.update
-        finally:
-            _whole = None
+def progress_bar(title: str, unit: str, total: int | None, **options: Any) -> tqdm:
+    """A bar to be advanced with `update`; a context manager."""
+    disable = True if distributed.rank() else None  # None: draw on terminals only
+    return tqdm(desc=title, unit=unit, total=total, leave=False, disable=disable, **options)
 
 
 def say(line: str) -> None:
-    """Print a line, above the bar if there is one."""
+    """Print a line above the progress bars."""
     tqdm.write(line)
-
-
-def _bar(*items: Iterable[Item], **options: object) -> tqdm:
-    return tqdm(*items, **options, leave=False, disable=True if distributed.rank() else None)

@@ -1,38 +1,40 @@
-"""The names and paths of a test scenario, as the scenario's own page lays them down.
+"""The names and paths of a test scenario.
 
 A scenario is called {TestScenarioNo}_{MethodName}_{ModelName}_{DatasetName}. This module imports nothing heavy, so
-that a script that has nothing to do answers at once.
+that a finished script answers at once.
 """
+
 from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.methods import METHODS
 
 PROJECT = Path(__file__).resolve().parents[2]
 CHECKPOINTS_DIR = PROJECT / "checkpoints"
+SCRIPTS_DIR = PROJECT / "test_scenarios"
 
 DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
-METHOD_TAGS = {"Coverage": "NC", "Wanda": "W"}  # the short forms used in checkpoint names
-# Of a config: what a command gives otherwise, or finds out by itself.
-_NO_SETTINGS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")
+# Entries of a config that a command gives in another way, or that a run finds out by itself.
+_NO_OPTIONS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
-    """Whether there is a folder of images of that name, with a part for training or for testing."""
+    """Whether `data_dir/dataset` is an image folder: it has a part called train or test."""
     folder = data_dir / dataset
     return bool(re.fullmatch(r"[\w-]+", dataset)) and any((folder / part).is_dir() for part in ("train", "test"))
 
 
 def require_known_dataset(dataset: str, data_dir: Path) -> None:
-    """Raise UserError when images of that name can come from nowhere."""
+    """Raise UserError when there is no source of images with that name."""
     if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):
         raise UserError(
             f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
@@ -42,13 +44,17 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Where one script of a scenario reads and writes; `method` is empty for the preparing script."""
+    """Where one script of a scenario reads and writes. `method` is empty for the preparing script."""
 
     number: str
     model: str
     dataset: str
     checkpoints_dir: Path
     method: str = ""
+
+    def of(self, method: str) -> Scenario:
+        """The same scenario for the script of another method."""
+        return replace(self, method=method)
 
     @property
     def name(self) -> str:
@@ -67,26 +73,13 @@ class Scenario:
 
     @property
     def fine_tuned(self) -> Path:
-        """The network that the preparing script ends with and the pruning scripts begin with."""
+        """The network that the preparing script ends with and the pruning scripts start from."""
         return self._prepared("FT_final")
-
-    def require_fine_tuned(self, script: str, data_dir: Path) -> None:
-        """Raise UserError when the preparing script has not left its network yet, or could not for want of images."""
-        if not self.fine_tuned.exists():
-            require_known_dataset(self.dataset, data_dir)
-            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.command(script)}")
-
-    def command(self, script: str, config: dict[str, Any] | None = None) -> str:
-        """The command that runs a script of this scenario on the same dataset and folder, with these settings."""
-        dataset = "" if self.dataset == DOWNLOADABLE else f" --dataset {self.dataset}"
-        folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
-        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_SETTINGS)
-        return f"python test_scenarios/{script}{dataset}{folder}{settings}"
 
     @property
     def pruned(self) -> Path:
         """The pruned network before its fine-tuning."""
-        return self.folder / f"{self.model}_{self.dataset}_pruned_{METHOD_TAGS[self.method]}.pth"
+        return self.folder / f"{self.model}_{self.dataset}_pruned_{METHODS[self.method].tag}.pth"
 
     def epoch(self, number: int) -> Path:
         """The network after `number` epochs of this script's fine-tuning."""
@@ -94,7 +87,7 @@ class Scenario:
 
     @property
     def final(self) -> Path:
-        """The network this script ends with."""
+        """The network that this script ends with."""
         return self._trained("final")
 
     @property
@@ -104,43 +97,53 @@ class Scenario:
 
     @property
     def exported(self) -> Path:
-        """The network this script ends with, as ONNX."""
+        """The final network as ONNX."""
         return self.final.with_suffix(".onnx")
 
     @property
     def resume(self) -> Path:
-        """What an interrupted fine-tuning goes on from; removed when the fine-tuning is done."""
-        return self._trained("resume")
+        """The state of an interrupted run; removed when the run is complete."""
+        return self._trained("resume") if self._trains else self.record.with_name(f"{self.name}_resume.json")
 
     @property
     def record(self) -> Path:
-        """Every number this script measured, as JSON."""
+        """Every number that this script measured, as JSON."""
         return (self.folder / "reports" if self.method else self.folder) / f"{self.name}.json"
 
     @property
     def report(self) -> Path:
-        """The PDF made from the record."""
+        """The PDF, made from the record."""
         return self.folder / "reports" / f"{self.name}.pdf"
 
     @property
     def table(self) -> Path:
-        """The table of a comparison, as CSV."""
+        """The table of a comparison or a sweep, as CSV."""
         return self.report.with_suffix(".csv")
 
     @property
     def lock(self) -> Path:
-        """What keeps a second run of this script away; there only while one is at work."""
-        return self.folder / f"{self.name}.lock"
+        """Held while this script runs."""
+        return self.checkpoints_dir / ".locks" / f"{self.name}.lock"
 
-    def remove_outputs(self) -> None:
-        """Delete what an earlier run of this script left, for starting over."""
-        with distributed.first_before_others():
-            for pattern in self._outputs():
-                for path in pattern.parent.glob(pattern.name):
-                    path.unlink()
+    def command(self, config: dict[str, Any] | None = None) -> str:
+        """The command that runs this script on the same dataset and folder, with the settings in `config`."""
+        word = self.method.lower() or "prepare"
+        script = next(iter(sorted(SCRIPTS_DIR.glob(f"{self.number}_*_{word}_*.py"))), None)
+        name = script.name if script else f"{self.number}_..._{word}_....py"
+        is_default = script and f'"dataset": "{self.dataset}"' in script.read_text(encoding="utf-8")
+        dataset = "" if is_default else f" --dataset {self.dataset}"
+        folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
+        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_OPTIONS)
+        return f"python test_scenarios/{name}{dataset}{folder}{settings}"
+
+    def require_fine_tuned(self, data_dir: Path) -> None:
+        """Raise UserError when the preparing script has not left its network yet."""
+        if not self.fine_tuned.exists():
+            require_known_dataset(self.dataset, data_dir)
+            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.of('').command()}")
 
     def refuse_own_file(self, path: Path) -> None:
-        """Raise UserError when this script writes, and with --fresh deletes, the file at `path`."""
+        """Raise UserError when `path` is a file that this script writes, and deletes with --fresh."""
         for pattern in self._outputs():
             if path.resolve().parent == pattern.parent.resolve() and fnmatch.fnmatch(path.name, pattern.name):
                 raise UserError(
@@ -148,14 +151,27 @@ class Scenario:
                     "another --checkpoints-dir"
                 )
 
+    def remove_outputs(self) -> None:
+        """Delete what an earlier run of this script left."""
+        with distributed.first_before_others():
+            for pattern in self._outputs():
+                for path in pattern.parent.glob(pattern.name):
+                    path.unlink()
+
     def remove_unfinished(self) -> None:
-        """Delete what this script was writing when it was killed; nothing, while no other run of it is at work."""
+        """Delete the half-written files of a killed run. Call it only while the lock is held."""
         for pattern in self._outputs():
             for path in pattern.parent.glob(f"{pattern.name}.*.tmp"):
                 path.unlink()
 
+    @property
+    def _trains(self) -> bool:
+        return not self.method or self.method in METHODS
+
     def _outputs(self) -> list[Path]:
-        """Every file this script writes, as patterns of names."""
+        """Every file that this script writes, as patterns of names."""
+        if not self._trains:
+            return [self.record, self.report, self.table, self.resume]
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
         return [*own, self.final, self.exported, self.resume, self._trained("epoch*")]
 
@@ -163,40 +179,15 @@ class Scenario:
         return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"
 
     def _trained(self, stage: str) -> Path:
-        tag = f"FTAP_{METHOD_TAGS[self.method]}" if self.method else "FT"
+        tag = f"FTAP_{METHODS[self.method].tag}" if self.method else "FT"
         return self.folder / f"{self.model}_{self.dataset}_{tag}_{stage}.pth"
 
 
-@dataclass(frozen=True)
-class SweepScenario(Scenario):
-    """Where the sweep of a comparison writes: into the comparison's folder, under names that end in _sweep."""
-
-    @property
-    def name(self) -> str:
-        """For example TS1_Comparison_ResNet18_CIFAR10_sweep."""
-        return f"{super().name}_sweep"
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the comparison."""
-        return self.checkpoints_dir / super().name
-
-    @property
-    def resume(self) -> Path:
-        """The points that an interrupted sweep has measured; removed when it is done."""
-        return self.record.with_name(f"{self.name}_resume.json")
-
-    def _outputs(self) -> list[Path]:
-        return [self.record, self.report, self.table, self.resume]
-
-
 def _option(name: str, value: Any) -> str:
-    """A setting as it is given on the command line; nothing for one that was left out."""
+    """A setting as a command-line option; empty for one that was not given."""
     option = f" --{name.replace('_', '-')}"
     if value is None and "ratio" in name:
         return f"{option} none"
-    if value is None or value is False:
+    if value is None:
         return ""
-    if isinstance(value, list):
-        value = " ".join(map(str, value))
-    return option if value is True else f"{option} {value}"
+    return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"

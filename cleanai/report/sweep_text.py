@@ -1,0 +1,150 @@
+"""The sweep over ratios as text and as CSV, made from its record alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from cleanai.report.wording import (
+    STAGES,
+    WIDTH,
+    Record,
+    counted,
+    listed,
+    method_title,
+    origin_lines,
+    prepared_with,
+    table_text,
+    wrapped,
+)
+from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.methods import METHODS
+from cleanai.runtime.scenario import Scenario
+
+WITHIN = 1  # points of accuracy that the answer tolerates
+COSTS = {"parameters": "Parameters", "macs": "FLOPs"}
+
+
+def chosen_networks(scenario: Scenario, fine_tuned_model: str) -> list[Record]:
+    """The networks that the pruning scripts made from the same fine-tuned model, where their records exist.
+
+    Each with `criterion`, `stage` ("pruned" or "fine_tuned"), `parameters`, `macs`, and its held-out accuracy.
+    """
+    chosen = []
+    for method in METHODS:
+        record = read_record(scenario.of(method).record)
+        if record and record["config"]["fine_tuned_model"] == fine_tuned_model:
+            for stage in ("pruned", "fine_tuned"):
+                model = record["models"][stage]
+                network = {"criterion": method_title(method), "stage": stage, **{cost: model[cost] for cost in COSTS}}
+                chosen.append({**network, "accuracy_percent": model["accuracy_heldout_percent"]})
+    return chosen
+
+
+def criteria(record: Record) -> list[str]:
+    """The names of the criteria in a sweep, in their order."""
+    return list(dict.fromkeys(point["criterion"] for point in record["points"]))
+
+
+def points_of(record: Record, criterion: str) -> list[Record]:
+    """The points of a criterion, in the order of the ratios."""
+    return [point for point in record["points"] if point["criterion"] == criterion]
+
+
+def sweep_answer(record: Record) -> str:
+    """The highest ratio up to which each criterion stays near the original network at every ratio, in words."""
+    original, epochs = record["original"]["accuracy_percent"], record["config"]["epochs"]
+    ratios = record["config"]["ratios"]
+    reach: dict[float, list[str]] = {}
+    for name in criteria(record):
+        near = [original - point["accuracy_percent"] <= WITHIN for point in points_of(record, name)]
+        count = [*near, False].index(False)
+        reach.setdefault(ratios[count - 1] if count else 0, []).append(name)
+    how = f"With {counted(epochs, 'epoch')} of fine-tuning at each ratio" if epochs else "Without fine-tuning"
+    what = f"within {counted(WITHIN, 'point')} of the original network's {original:.2f}% accuracy"
+    (furthest, best), *others = sorted(reach.items(), reverse=True)
+    if not furthest:
+        return f"{how}, no criterion stays {what}, not even with {100 * ratios[0]:g}% removed."
+    limit = ", the highest ratio tried," if furthest == ratios[-1] else ""
+    rest = [
+        f"; {listed(names)} {f'{100 * ratio:g}%' if ratio else f'not even {100 * ratios[0]:g}%'}"
+        for ratio, names in others
+    ]
+    return (
+        f"{how}, {listed(best)} can remove {100 * furthest:g}% of the parameters and of the FLOPs{limit} "
+        f"and stay {what}{''.join(rest)}."
+    )
+
+
+def sweep_text(record: Record) -> str:
+    """All that the script prints of a sweep: the answer, the tables, and their explanation."""
+    names = criteria(record)
+    width = min(21, 80 // len(names))
+    return "\n".join(
+        [
+            wrapped(record["answer"]),
+            "",
+            origin_lines({"dataset": record["dataset"]})[0],
+            wrapped(f"Original network: {prepared_with(record)}"),
+            "",
+            f"ACCURACY BY RATIO - {heading(record).upper()}",
+            "=" * WIDTH,
+            *table_text(sweep_rows(record), [14, *[width] * len(names)]),
+            "",
+            *(table_text(chosen_rows(record), [44, 18, 18, 18]) if record["chosen"] else []),
+            wrapped(explanation(record)),
+        ]
+    )
+
+
+def heading(record: Record) -> str:
+    """The heading of the table of accuracies."""
+    original = record["original"]["accuracy_percent"]
+    return f"Accuracy (%), and the difference to the original network's {original:.2f}"
+
+
+def sweep_rows(record: Record) -> list[list[str]]:
+    """A heading, and a row per ratio: the accuracies by criterion, with their change."""
+    original, names = record["original"]["accuracy_percent"], criteria(record)
+    rows = [["Removed", *names]]
+    for number, ratio in enumerate(record["config"]["ratios"]):
+        accuracies = [points_of(record, name)[number]["accuracy_percent"] for name in names]
+        rows.append([f"{100 * ratio:g}%", *(f"{value:.2f} ({value - original:+.2f})" for value in accuracies)])
+    return rows
+
+
+def chosen_rows(record: Record) -> list[list[str]]:
+    """A heading, and a row for each network of the pruning scripts."""
+    rows = [["Network of the pruning scripts", *(f"{title} (%)" for title in COSTS.values()), "Accuracy (%)"]]
+    for network in record["chosen"]:
+        changes = [f"{100 * (network[cost] / record['original'][cost] - 1):+.1f}" for cost in COSTS]
+        name = f"{network['criterion']}, {STAGES[network['stage']]}"
+        rows.append([name, *changes, f"{network['accuracy_percent']:.2f}"])
+    return rows
+
+
+def explanation(record: Record) -> str:
+    """How the accuracies were measured, and what they do not cover."""
+    count, calibration = (record["dataset"][key] for key in ("accuracy_images", "calibration_images"))
+    sentences = [
+        f"Accuracy is on {count:,} test images, calibration used {calibration:,} others. One point is "
+        f"{count / 100:g} images. The answer names the highest ratio up to which every accuracy is within "
+        f"{counted(WITHIN, 'point')}.",
+        "Each criterion removes the same share of the parameters and of the FLOPs, from ratio to ratio, with repair "
+        "after each. There is one run per criterion: another seed changes the numbers, most of all for random choice.",
+    ]
+    if record["chosen"]:
+        sentences.append("Stars are the networks of the pruning scripts, on the test images held out there.")
+    return " ".join(sentences)
+
+
+def sweep_csv(record: Record) -> str:
+    """A line per network, units in the names of the columns. `stage` distinguishes the scripts' networks."""
+    file = io.StringIO()
+    columns = ["criterion", "stage", "ratio", "accuracy_percent", "parameters", "macs"]
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerow({"stage": "original", "ratio": 0, **record["original"]})
+    writer.writerows({"stage": "sweep", **point} for point in record["points"])
+    writer.writerows(record["chosen"])
+    return file.getvalue()
