@@ -1,12 +1,12 @@
-"""What does pruning leave that training would not give anyway? The networks of scripts 2 and 3 beside two controls.
+"""The networks of scripts 2 and 3 beside two controls, trained with the epochs, images and settings of these scripts.
 
-With the epochs, images and settings of these scripts it trains the network of script 1 without pruning it: that tells
-what the further epochs bring alone. And it trains networks of the very widths that the scripts pruned to, from random
-weights: that tells what the kept channels' weights are worth. An interrupted run goes on with the same command.
+The network of script 1 without pruning shows what the further epochs bring. Networks with the pruned widths and random
+weights show what the kept weights are worth. An interrupted run resumes with the same command.
 
     python benchmarks/controls.py                     # after scripts 1 to 3
     python benchmarks/controls.py --dataset Digits    # after scripts 1 to 3 with Digits
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,36 +17,39 @@ from torch import nn
 
 from cleanai import UserError, cli
 from cleanai.data.sources import load_images
+from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
 from cleanai.network.training import TrainSettings, train
-from cleanai.report.comparison import METHODS
+from cleanai.report.wording import method_title
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import PROJECT, Scenario
 
 FOLDER = PROJECT / "results" / "controls"
-SCRIPTS = {"Coverage": "TS1_02_coverage_pruning.py", "Wanda": "TS1_03_wanda_pruning.py"}
-SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
+METHODS = ("Coverage", "Wanda")
+SETTINGS = {"dataset": "CIFAR10", "precision": "auto"}
+TRAIN_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
 
 
 def main() -> None:
-    args = cli.parse(__doc__, dataset="CIFAR10", precision="auto")
-    scenarios = {method: Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir, method) for method in SCRIPTS}
-    records = {method: finished(scenario, SCRIPTS[method]) for method, scenario in scenarios.items()}
+    args = cli.parse(__doc__, SETTINGS)
+    preparation = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
+    scenarios = {method: preparation.of(method) for method in METHODS}
+    records = {method: finished(scenario) for method, scenario in scenarios.items()}
     configs = [record["config"] for record in records.values()]
-    if any(configs[0][name] != configs[1][name] for name in (*SETTINGS, "train_samples", "calibration_batches")):
-        raise UserError("Scripts 2 and 3 were run with other settings than each other: run both with the same, --fresh")
+    if any(configs[0][name] != configs[1][name] for name in (*TRAIN_SETTINGS, "train_samples", "calibration_batches")):
+        raise UserError("Scripts 2 and 3 were run with different settings: run both with the same, --fresh")
     config = configs[0]
-    settings = TrainSettings(**{name: config[name] for name in SETTINGS})
+    settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)
     images = load_images(args.dataset, args.data_dir).with_train_samples(config["train_samples"], settings.seed)
     images = images.to(compute.device)
     _, heldout = images.calibration_split(config["calibration_batches"] * settings.batch_size, settings.seed)
 
-    path = FOLDER / f"{Scenario('TS1', 'ResNet18', args.dataset, args.checkpoints_dir).name}.csv"
+    path = FOLDER / f"{preparation.name}.csv"
     facts = {"epochs": settings.epochs, "train_images": len(images.train), "lr": settings.lr, "seed": settings.seed}
     facts = {name: str(value) for name, value in facts.items()}
     facts.update({f"{method}_sha256": file_digest(scenario.final) for method, scenario in scenarios.items()})
@@ -71,7 +74,7 @@ def main() -> None:
     if not rows:
         add_measured("Not pruned", "as script 1 left it", records["Coverage"]["models"]["original"])
         for method, record in records.items():
-            add_measured(f"Pruned by {METHODS[method]}", "trained on", record["models"]["fine_tuned"])
+            add_measured(f"Pruned by {method_title(method)}", "trained on", record["models"]["fine_tuned"])
     add_control("Not pruned", "trained on", load_network(scenarios["Coverage"].fine_tuned))
     for method, scenario in scenarios.items():
         torch.manual_seed(settings.seed)
@@ -79,15 +82,15 @@ def main() -> None:
         for module in control.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        add_control(f"Pruned by {METHODS[method]}", "its widths alone, from random weights", control)
+        add_control(f"Pruned by {method_title(method)}", "its widths alone, from random weights", control)
     print(f"\n{table(rows)}\n\n{path}")
 
 
-def finished(scenario: Scenario, script: str) -> dict[str, Any]:
-    """The record that a script left; UserError when there is none."""
+def finished(scenario: Scenario) -> dict[str, Any]:
+    """The record of a script. UserError when there is none."""
     record = read_record(scenario.record)
     if record is None:
-        raise UserError(f"No record of {script}: {scenario.record}. Run first: {scenario.command(script)}")
+        raise UserError(f"There is no record {scenario.record}. Run first: {scenario.command()}")
     return record
 
 
@@ -103,4 +106,4 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

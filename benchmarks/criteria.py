@@ -1,13 +1,14 @@
-"""Does a criterion choose better channels than others? Accuracy right after pruning, without any fine-tuning.
+"""Does a criterion choose better channels than others? Accuracy right after pruning, without fine-tuning.
 
-From the fine-tuned model of script 1, each criterion removes a tenth of the parameters and of the multiply-accumulates
-at a time, up to 70%: with the same budgets, steps and repair, and from three different sets of calibration images. At
-each tenth the accuracy is measured as cut, with batch norm recalibrated, and reconstructed, always on the same test
-images, on which no channel was measured. An interrupted run goes on with the same command.
+From the fine-tuned model of script 1, each criterion removes a tenth of the parameters and of the FLOPs at a time, up
+to 70%, with the same budgets, steps and repair, for three sets of calibration images. After each tenth the accuracy is
+measured as cut, with batch norm recalibrated, and reconstructed, always on the same held-out test images. An
+interrupted run resumes with the same command.
 
     python benchmarks/criteria.py
     python benchmarks/criteria.py --calibration-batches 50 --repair-batches 50 --test-samples 2500    # on a GPU
 """
+
 from __future__ import annotations
 
 import copy
@@ -15,21 +16,18 @@ import statistics
 
 import torch
 import torch_pruning as tp
-from reportlab.graphics import renderSVG
-from reportlab.graphics.charts.lineplots import LinePlot
-from reportlab.graphics.shapes import Drawing, Line, String
-from reportlab.graphics.widgets.markers import makeMarker
-from reportlab.lib import colors
+from reportlab.graphics.shapes import Drawing
 from rows import known_rows, write_rows
 
 from cleanai import cli
 from cleanai.data.sources import load_images
+from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import network_from
 from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.pruning.repair import recalibrate
-from cleanai.report.charts import DARK, GREY, LIGHT
+from cleanai.report.charts import Panel, curves_chart, svg_bytes
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.files import write_bytes
@@ -40,6 +38,13 @@ RATIO, STEPS = 0.7, 7  # a tenth per step
 ROUND_TO = [8]  # fine enough to meet every tenth
 SEEDS = 3
 BATCH_SIZE = 128
+SETTINGS = {
+    "dataset": "CIFAR10",
+    "calibration_batches": 8,
+    "repair_batches": 8,
+    "test_samples": 2000,
+    "precision": "auto",
+}
 CRITERIA = {
     "Neuron Coverage": NeuronCoverageImportance,
     "WANDA": WandaImportance,
@@ -47,22 +52,13 @@ CRITERIA = {
     "FPGM": tp.importance.FPGMImportance,
     "random": tp.importance.RandomImportance,
 }
-STAGES = {"raw": "As cut", "recalibrated": "Batch norm recalibrated", "reconstructed": "Reconstructed as well"}
-STYLES = (
-    (DARK, None, "FilledCircle"),
-    (LIGHT, None, "FilledSquare"),
-    (colors.HexColor("#3a9a5b"), (4, 2), "FilledTriangle"),
-    (colors.HexColor("#b05090"), (4, 2), "FilledDiamond"),
-    (GREY, (1, 2), "Circle"),
-)
+STAGES = {"raw": "As cut", "recalibrated": "Batch norm recalibrated", "reconstructed": "Reconstructed"}
 
 
 def main() -> None:
-    args = cli.parse(
-        __doc__, dataset="CIFAR10", calibration_batches=8, repair_batches=8, test_samples=2000, precision="auto"
-    )
+    args = cli.parse(__doc__, SETTINGS)
     scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
+    scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
     original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
@@ -88,23 +84,23 @@ def main() -> None:
             repair_on = images.repair_sample(args.repair_batches * BATCH_SIZE, seed)
             torch.manual_seed(seed)
             measured = prune_and_measure(
-                copy.deepcopy(original), CRITERIA[name](), calibration, repair_on, test, compute
+                copy.deepcopy(original), CRITERIA[name](), PruneImages(calibration, repair_on), test, compute
             )
             rows += [{"criterion": name, "seed": str(seed), **row, **facts} for row in measured]
             write_rows(path, rows)
     print(f"\n{table(rows)}")
-    write_bytes(path.with_suffix(".svg"), renderSVG.drawToString(chart(rows)).encode("utf-8"))
+    write_bytes(path.with_suffix(".svg"), svg_bytes(chart(rows)))
     print(f"\n{path} and {path.with_suffix('.svg').name}")
 
 
-def prune_and_measure(network, importance, calibration, repair_on, test, compute) -> list[dict[str, str]]:
-    """Prune step by step, and tell the accuracies after each."""
+def prune_and_measure(network, importance, images, test, compute) -> list[dict[str, str]]:
+    """Prune step by step, and return the accuracies after each."""
     rows = []
 
     def measure(step: int, repaired: torch.nn.Module, unrepaired: torch.nn.Module) -> None:
         raw = evaluate(unrepaired, test, compute).accuracy_percent
         recalibrated = copy.deepcopy(unrepaired)
-        recalibrate(recalibrated, repair_on, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
+        recalibrate(recalibrated, images.repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
         stages = (
             raw,
             evaluate(recalibrated, test, compute).accuracy_percent,
@@ -115,10 +111,8 @@ def prune_and_measure(network, importance, calibration, repair_on, test, compute
             "  test accuracy " + ", ".join(f"{stage} {value:.2f}%" for stage, value in zip(STAGES, stages)), flush=True
         )
 
-    pruning, _ = prune_to_budget(
-        network, importance, calibration, repair_on, compute, RATIO, RATIO, STEPS, BATCH_SIZE, ROUND_TO,
-        after_step=measure,
-    )
+    settings = PruneSettings(RATIO, RATIO, STEPS, ROUND_TO)
+    pruning, _ = prune_to_budget(network, importance, images, compute, settings, measure)
     for row, step in zip(rows, pruning["steps"]):
         del row["step"]
         for key in ("parameters_asked_percent", "parameters_removed_percent", "macs_removed_percent"):
@@ -151,43 +145,20 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def chart(rows: list[dict[str, str]]) -> Drawing:
     """Mean accuracy over what was removed, a panel for each stage."""
-    width, height = 240, 200
-    drawing = Drawing(3 * width + 20, height + 50)
     original = float(rows[0]["original_percent"])
-    for column, (stage, title) in enumerate(STAGES.items()):
-        plot = LinePlot()
-        plot.x, plot.y, plot.width, plot.height = column * width + 34, 30, width - 48, height - 20
-        plot.data = [
-            [(0, original), *((p, statistics.mean(v)) for p, v in means(rows, name, stage).items())]
-            for name in CRITERIA
-        ]
-        for number, (color, dashes, marker) in enumerate(STYLES):
-            plot.lines[number].strokeColor, plot.lines[number].strokeWidth = color, 1.5
-            plot.lines[number].strokeDashArray = dashes
-            plot.lines[number].symbol = makeMarker(marker, size=5, fillColor=color, strokeColor=color)
-        lowest = min(accuracy for line in plot.data for _, accuracy in line)
-        grid = 20 if lowest < 40 else 10 if lowest < 60 else 5
-        plot.yValueAxis.valueMin, plot.yValueAxis.valueMax = grid * (lowest // grid), grid * (original // grid + 1)
-        plot.yValueAxis.valueStep = grid
-        plot.xValueAxis.valueMin, plot.xValueAxis.valueMax, plot.xValueAxis.valueStep = 0, 100 * RATIO, 10
-        for axis in (plot.xValueAxis, plot.yValueAxis):
-            axis.labels.fontName, axis.labels.fontSize, axis.labelTextFormat = "Helvetica", 8, "%d"
-            axis.strokeColor = GREY
-        plot.yValueAxis.visibleGrid, plot.yValueAxis.gridStrokeColor = True, colors.HexColor("#dddddd")
-        drawing.add(plot)
-        center = plot.x + plot.width / 2
-        drawing.add(
-            String(center, height + 16, f"{title}: accuracy (%)", fontName="Helvetica", fontSize=9, textAnchor="middle")
+    panels = [
+        Panel(
+            "Parameters and FLOPs removed (%)",
+            {
+                name: [(0, original), *((p, statistics.mean(v)) for p, v in means(rows, name, stage).items())]
+                for name in CRITERIA
+            },
+            f"{title}, accuracy (%)",
         )
-        drawing.add(
-            String(center, 4, "parameters and MACs removed (%)", fontName="Helvetica", fontSize=8, textAnchor="middle")
-        )
-    for number, (name, (color, dashes, _)) in enumerate(zip(CRITERIA, STYLES)):
-        x = 60 + 120 * number
-        drawing.add(Line(x, height + 40, x + 22, height + 40, strokeColor=color, strokeWidth=2, strokeDashArray=dashes))
-        drawing.add(String(x + 27, height + 37, name, fontName="Helvetica", fontSize=9))
-    return drawing
+        for stage, title in STAGES.items()
+    ]
+    return curves_chart(panels, original)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

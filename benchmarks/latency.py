@@ -1,11 +1,12 @@
 """Are pruned networks faster, and which multiple should their widths have?
 
-Prunes the network that script 1 left by WANDA, in one step, to widths that are multiples of 1, 8, 16 and 32, at the
-same share of parameters and multiply-accumulates, and times all of them in turns with the original: one image, and
-batches of 128, in float32 and in bfloat16. Two more copies of the original tell how far equal networks seem to differ.
+Prunes the network of script 1 by WANDA, in one step, to widths that are multiples of 1, 8, 16 and 32, at the same share
+of parameters and FLOPs, and times all of them in turns with the original: one image, and batches of 128, in float32 and
+in bfloat16. Two more copies of the original show how much equal networks differ.
 
     python benchmarks/latency.py
 """
+
 from __future__ import annotations
 
 import copy
@@ -14,11 +15,12 @@ import torch
 
 from cleanai import cli
 from cleanai.data.sources import load_images
+from cleanai.exit import run_script
 from cleanai.measure.latency import time_networks
 from cleanai.measure.provenance import describe_environment
 from cleanai.network.models import network_from
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.checkpoints import load_checkpoint, write_record
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.scenario import PROJECT, Scenario
@@ -26,13 +28,14 @@ from cleanai.runtime.scenario import PROJECT, Scenario
 RATIO = 0.2
 MULTIPLES = (1, 8, 16, 32)
 COPIES = ("original", "original again", "and again")
+SETTINGS = {"dataset": "CIFAR10", "calibration_batches": 4, "precision": "auto"}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
-    args = cli.parse(__doc__, dataset="CIFAR10", calibration_batches=4, precision="auto")
+    args = cli.parse(__doc__, SETTINGS)
     scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir)
-    scenario.require_fine_tuned("TS1_01_prepare_model.py", args.data_dir)
+    scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
     original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
@@ -44,10 +47,9 @@ def main() -> None:
     for multiple in MULTIPLES:
         name = f"multiples of {multiple}"
         networks[name] = copy.deepcopy(original)
-        pruning, _ = prune_to_budget(
-            networks[name], WandaImportance(), pictures, pictures, compute, RATIO, RATIO,
-            steps=1, batch_size=128, round_to=[multiple], repair="none",
-        )  # fmt: skip
+        settings = PruneSettings(RATIO, RATIO, steps=1, round_to=[multiple], repair="none")
+        used = PruneImages(pictures, pictures)
+        pruning, _ = prune_to_budget(networks[name], WandaImportance(), used, compute, settings)
         removed[name] = {key: value for key, value in pruning["steps"][-1].items() if "removed" in key}
 
     result = {"environment": describe_environment(compute), "removed": removed, "precisions": {}}
@@ -83,4 +85,4 @@ def table(result) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -2,31 +2,36 @@
 
 Trains the network of script 1 once per weight decay on nine tenths of the training images. The other tenth judges it:
 as trained, and after WANDA has removed 20, 50 and 70% of the parameters and of the multiply-accumulates, with batch
-norm recalibrated and fully repaired. Test images take no part. An interrupted run goes on with the same command.
+norm recalibrated and fully repaired. Test images take no part. An interrupted run resumes with the same command.
 
     python benchmarks/recipe.py --weights resnet18-imagenet.pth
 """
+
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
 
 import torch
+from reportlab.graphics.shapes import Drawing
 from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import cli
 from cleanai.data.images import Images, balanced_order
 from cleanai.data.sources import load_images
+from cleanai.exit import run_script
 from cleanai.measure.provenance import checkpoint_facts
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import build
 from cleanai.network.training import TrainSettings, fine_tune
-from cleanai.network.weights import begin_with
+from cleanai.network.weights import start_from
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.pruning.repair import recalibrate
+from cleanai.report.charts import Panel, curves_chart, svg_bytes
 from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT, Scenario
 
 FOLDER = PROJECT / "results" / "recipe"
@@ -35,20 +40,20 @@ RATIOS = (0.2, 0.5, 0.7)  # the accuracies that are measured
 STEPS = [number / 7 for number in range(1, 8)]  # of the way to the last ratio: a tenth each
 ROUND_TO = [8]  # fine enough to meet every ratio
 CALIBRATION_IMAGES = REPAIR_IMAGES = 1024  # training images
+SETTINGS = {
+    "dataset": "CIFAR10",
+    "weights": "imagenet",
+    "epochs": 6,
+    "batch_size": 128,
+    "lr": 0.001,
+    "train_samples": None,
+    "seed": 0,
+    "precision": "auto",
+}
 
 
 def main() -> None:
-    args = cli.parse(
-        __doc__,
-        dataset="CIFAR10",
-        weights="imagenet",
-        epochs=6,
-        batch_size=128,
-        lr=0.001,
-        train_samples=None,
-        seed=0,
-        precision="auto",
-    )
+    args = cli.parse(__doc__, SETTINGS)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir).with_train_samples(args.train_samples, args.seed)
@@ -72,11 +77,11 @@ def main() -> None:
         if args.fresh:
             scenario.remove_outputs()
         torch.manual_seed(args.seed)
-        network = begin_with(build("ResNet18", len(images.classes)), "ResNet18", args.weights, args.models_dir)
-        network = compute.place(network)
+        network = build("ResNet18", len(images.classes))
+        network = compute.place(start_from(network, "ResNet18", args.weights, args.models_dir))
         settings = TrainSettings(args.epochs, args.batch_size, args.lr, weight_decay, args.seed)
         described = checkpoint_facts(scenario, images, compute, {**args.config, "weight_decay": weight_decay})
-        _, trained = fine_tune(network, images, compute, scenario, described, settings)
+        _, trained = fine_tune(network, images, compute, settings, scenario, described)
         measured = [
             {"removed_percent": "0", "recalibrated_percent": "", "repaired_percent": f"{trained.accuracy_percent:.2f}"},
             *accuracies_after_pruning(network, images, compute, args.seed),
@@ -84,7 +89,8 @@ def main() -> None:
         rows += [{"weight_decay": f"{weight_decay:g}", **row, **facts} for row in measured]
         write_rows(path, rows)
         print(table(rows), flush=True)
-    print(f"\n{table(rows)}\n\n{path}")
+    write_bytes(path.with_suffix(".svg"), svg_bytes(chart(rows)))
+    print(f"\n{table(rows)}\n\n{path} and {path.with_suffix('.svg').name}")
 
 
 def kept_aside(images: Images) -> Images:
@@ -114,10 +120,10 @@ def accuracies_after_pruning(network: nn.Module, images: Images, compute: Comput
         )
 
     calibration = images.train.sample(CALIBRATION_IMAGES, seed + 1)
+    settings = PruneSettings(RATIOS[-1], RATIOS[-1], STEPS, ROUND_TO)
     prune_to_budget(
-        copy.deepcopy(network), WandaImportance(), calibration, repair_on, compute, RATIOS[-1], RATIOS[-1], STEPS, 128,
-        ROUND_TO, after_step=measure,
-    )  # fmt: skip
+        copy.deepcopy(network), WandaImportance(), PruneImages(calibration, repair_on), compute, settings, measure
+    )
     return rows
 
 
@@ -134,5 +140,22 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def chart(rows: list[dict[str, str]]) -> Drawing:
+    """Accuracy over what was removed, a curve for each weight decay, without and with the full repair."""
+    decays = sorted({row["weight_decay"] for row in rows}, key=float)
+
+    def curve(decay: str, key: str) -> list[tuple[float, float]]:
+        # As trained, both are the same network.
+        own = [row for row in rows if row["weight_decay"] == decay]
+        return [(float(row["removed_percent"]), float(row[key] or row["repaired_percent"])) for row in own]
+
+    titles = {"recalibrated_percent": "Accuracy, batch norm only", "repaired_percent": "Accuracy, fully repaired"}
+    panels = [
+        Panel("Parameters and FLOPs removed (%)", {f"weight decay {d}": curve(d, key) for d in decays}, f"{title} (%)")
+        for key, title in titles.items()
+    ]
+    return curves_chart(panels)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

@@ -1,4 +1,5 @@
 """The rows of an interrupted benchmark, in a CSV file."""
+
 from __future__ import annotations
 
 import csv

@@ -1,12 +1,13 @@
-"""How fast training goes: images per second of a plain PyTorch loop, and of this project's, in turns.
+"""The speed of training: images per second of a plain PyTorch loop and of this project's, in turns.
 
-The plain loop is what most people write: a DataLoader, torchvision's transforms image by image, float32, channels
-first, and the loss read at every step. Both train the same ResNet-18 on the same images with Adam. They take turns, so
-that a machine whose speed drifts treats both alike; what is compared is the median over the turns.
+The plain loop is the usual one: a DataLoader, torchvision's transforms image by image, float32, channels first, and the
+loss read at every step. Both train the same ResNet-18 on the same images with Adam, in turns, so that a machine whose
+speed drifts affects both alike. The medians over the turns are compared.
 
     python benchmarks/training_speed.py
-    python benchmarks/training_speed.py --dataset Digits    # images that are there without any download
+    python benchmarks/training_speed.py --dataset Digits    # embedded images, no download
 """
+
 from __future__ import annotations
 
 import itertools
@@ -21,6 +22,7 @@ from torchvision import transforms
 
 from cleanai import cli
 from cleanai.data.sources import load_images
+from cleanai.exit import run_script
 from cleanai.measure.costs import count_macs
 from cleanai.measure.provenance import describe_environment
 from cleanai.network.models import resnet18_for_small_images
@@ -32,6 +34,7 @@ from cleanai.runtime.scenario import PROJECT
 
 TURNS = 5
 SECONDS_PER_TURN = 10
+SETTINGS = {"dataset": "CIFAR10", "batch_size": 128, "lr": 0.001, "precision": "auto"}
 
 
 class PlainImages(Dataset):
@@ -58,7 +61,7 @@ class PlainImages(Dataset):
 
 
 def main() -> None:
-    args = cli.parse(__doc__, dataset="CIFAR10", batch_size=128, lr=0.001, precision="auto")
+    args = cli.parse(__doc__, SETTINGS)
     compute = choose_compute(args.device, args.precision, args.deterministic)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
@@ -173,4 +176,4 @@ def matrix_rate(compute):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_script(main)

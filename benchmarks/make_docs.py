@@ -1,0 +1,187 @@
+"""Make the generated pages: docs/results.md from `results/`, docs/options.md from the scripts, and README.md's table.
+
+python benchmarks/make_docs.py            # or: make docs
+python benchmarks/make_docs.py --check    # status 1 when a page is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import controls
+import criteria
+import latency
+import recipe
+import training_speed
+from rows import read_rows
+
+from cleanai import cli
+from cleanai.report.comparison_text import comparison_text
+from cleanai.report.run_text import comparison_table, preparation_table
+from cleanai.report.sweep_text import sweep_text
+from cleanai.report.wording import Record, method_title, origin_lines, prepared_with
+from cleanai.runtime.files import write_bytes
+from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
+
+RESULTS = PROJECT / "results"
+SHOWN = "cpu-short"  # the folder of the run that README.md and the first section show
+NAME = "ResNet18_CIFAR10"
+BEGIN, END = "<!-- results: made by `make docs` -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    os.environ["COLUMNS"] = "100"
+    pages = {
+        PROJECT / "docs" / "results.md": results_page(),
+        PROJECT / "docs" / "options.md": options_page(),
+        PROJECT / "README.md": readme(),
+    }
+    different = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"Not up to date, run make docs: {', '.join(map(str, different))}" if different else 0)
+    for path in different:
+        write_bytes(path, pages[path].encode("utf-8"))
+        print(f"Written: {path}")
+
+
+def load(name: str) -> Record:
+    """A committed record of the shown run."""
+    return json.loads((RESULTS / SHOWN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def readme() -> str:
+    """README.md with its table of results made again."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{short_table()}\n{END}{rest.split(END)[1]}"
+
+
+def short_table() -> str:
+    """The result of the shown run as one small Markdown table."""
+    comparison = load(f"TS1_Comparison_{NAME}")
+    runs = comparison["runs"]
+    first = next(iter(runs.values()))["models"]["original"]
+    columns: list[tuple[str, Record, Record, Any]] = [("Original", first, first, None)]
+    for stage in ("pruned", "fine_tuned"):
+        for method, run in runs.items():
+            (tested,) = (
+                d
+                for d in comparison["differences"]
+                if (d["stage"], d["first"], d["second"]) == (stage, "original", method)
+            )
+            name = f"{method_title(method)}, {stage.replace('_', '-')}"
+            columns.append((name, run["models"][stage], run["models"]["original"], tested))
+    rows: list[tuple[str, Callable[[Record, Record, Any], str]]] = [
+        ("Accuracy (%), all test images", lambda model, _, tested: f"{model['accuracy_percent']:.2f}"),
+        ("Accuracy (%), held-out test images", lambda model, _, tested: f"{model['accuracy_heldout_percent']:.2f}"),
+        ("p (exact McNemar test, held-out)", lambda _, original, tested: f"{tested['p_value']:.3f}" if tested else ""),
+        ("Parameters (M)", lambda model, _, tested: f"{model['parameters'] / 1e6:.2f}"),
+        ("FLOPs (G)", lambda model, _, tested: f"{model['macs'] / 1e9:.2f}"),
+        (
+            "Speed-up for one image (medians)",
+            lambda model, original, _: f"{original['latency_ms']['p50'] / model['latency_ms']['p50']:.2f}x",
+        ),
+    ]
+    lines = [f"| | {' | '.join(column[0] for column in columns)} |", f"|---|{'---:|' * len(columns)}"]
+    lines += [f"| {label} | {' | '.join(value(*column[1:]) for column in columns)} |" for label, value in rows]
+    return "\n".join(lines)
+
+
+def results_page() -> str:
+    """docs/results.md."""
+    preparation = load(f"TS1_{NAME}")
+    runs = {method: load(f"TS1_{method}_{NAME}") for method in ("Coverage", "Wanda")}
+    sweep = load(f"TS1_Sweep_{NAME}")
+    machine = preparation["environment"]
+    (of_criteria,), (of_controls,) = ((RESULTS / folder).glob("*.csv") for folder in ("criteria", "controls"))
+    sections = [
+        "# Results",
+        "This page is made from the records in `results/` by `make docs`. [How to read it](reading-results.md).",
+        "## The scripts",
+        f"{prepared_with(next(iter(runs.values()))).capitalize()}. {'. '.join(origin_lines(preparation))}.\n"
+        f"Device: {machine['device']}, {machine['precision']}; PyTorch {machine['torch']}.",
+        _block(preparation_table(preparation)),
+        *(_block(comparison_table(run)) for run in runs.values()),
+        *("```bash\n" + "\n".join(run["commands"]) + "\n```" for run in runs.values()),
+        f"Reports: {_links(f'TS1_Coverage_{NAME}.pdf', f'TS1_Wanda_{NAME}.pdf')}",
+        "## The methods compared",
+        _block(comparison_text(load(f"TS1_Comparison_{NAME}"))),
+        f"Report: {_links(f'TS1_Comparison_{NAME}.pdf')}",
+        "## Sweep over ratios",
+        _block(sweep_text(sweep)),
+        f"Report with the chart: {_links(f'TS1_Sweep_{NAME}.pdf')}",
+        "## Criteria",
+        "Each criterion prunes the same network in seven steps of a tenth, without fine-tuning, for three sets of "
+        "calibration images: mean accuracy and standard deviation (`python benchmarks/criteria.py`).",
+        f"![Accuracy over the removed share, by criterion](../results/criteria/{of_criteria.stem}.svg)",
+        _block(criteria.table(read_rows(of_criteria))),
+        "## Controls",
+        "What further training alone brings, and what the kept weights are worth (`python benchmarks/controls.py`).",
+        _block(controls.table(read_rows(of_controls))),
+    ]
+    for of_recipe in sorted((RESULTS / "recipe").glob("*.csv")):
+        sections += [
+            "## Weight decay",
+            "Accuracy on training images that were kept aside, before and after pruning by WANDA, without fine-tuning "
+            "(`python benchmarks/recipe.py`).",
+            _block(recipe.table(read_rows(of_recipe))),
+        ]
+    benchmarks = {"latency": latency, "training": training_speed}
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        name = path.stem.split("_")[0]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sections += [
+            f"## Speed: {name}",
+            f"`python benchmarks/{benchmarks[name].__name__}.py` on {record['environment']['device']}.",
+            _block(benchmarks[name].table(record)),
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def options_page() -> str:
+    """docs/options.md."""
+    sections = [
+        "# Options of the scripts",
+        "This page is made from the scripts by `make docs`. `--help` prints the same.",
+    ]
+    for path in sorted(SCRIPTS_DIR.glob("TS1_0*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        script: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        parser = cli.option_parser(script.__doc__, script.SETTINGS)
+        rows = ["| option | default | |", "|---|---|---|"]
+        for action in parser._actions[1:]:
+            text, default = _without_default(action)
+            choices = f" ({', '.join(action.choices)})" if action.choices else ""
+            rows.append(f"| `{action.option_strings[0]}` | {default} | {text}{choices} |")
+        title = script.__doc__.split(":", 1)[1].split(".")[0].strip()
+        sections += [f"## `{path.name}`: {title}", "\n".join(rows)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _without_default(action: argparse.Action) -> tuple[str, str]:
+    """The help of an option, and its default, without the path of the project."""
+    match = re.match(r"(.*) \(default: (.*)\)$", str(action.help))
+    if match is None:
+        return str(action.help), "off"
+    default = match[2].replace("%(default)s", str(action.default)).replace(f"{PROJECT}{os.sep}", "")
+    return match[1], default
+
+
+def _block(text: str) -> str:
+    return f"```\n{text}\n```"
+
+
+def _links(*names: str) -> str:
+    return ", ".join(f"[{Path(name).stem}](../results/{SHOWN}/{name})" for name in names)
+
+
+if __name__ == "__main__":
+    main()
