@@ -1,67 +1,69 @@
-"""The tables in the READMEs are those of the committed records."""
-import json
+"""The documentation: generated pages are up to date, commands and links hold, and both READMEs have one skeleton."""
 
-import controls
-import criteria
-import latency
+import re
+
+import make_docs
 import pytest
 import rows
-import training_speed
 
-from cleanai.report.comparison_text import comparison_text
-from cleanai.report.run_text import comparison_table, preparation_table
-from cleanai.report.sweep_pdf import sweep_text
 from cleanai.runtime.scenario import PROJECT
 
-SPEEDS = sorted((PROJECT / "results" / "speed").glob("*.json"))
-RECORDS = sorted(set((PROJECT / "results").rglob("*.json")) - set(SPEEDS))
+README, TURKISH = PROJECT / "README.md", PROJECT / "README.tr.md"
+PAGES = sorted([README, TURKISH, PROJECT / "CONTRIBUTING.md", *(PROJECT / "docs").glob("*.md")])
+PAGES += [PROJECT / "test_scenarios" / "README.md"]
 
 
-def test_there_are_measured_results():
-    assert len(RECORDS) >= 3
+def _text(path):
+    return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_a_readme_shows_what_was_measured(path, readme):
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if "runs" in record:
-        table = comparison_text(record)
-    elif "points" in record:
-        table = sweep_text(record)
-    else:
-        table = comparison_table(record) if record["method"] else preparation_table(record)
-    assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1
+def _headings(text):
+    without_code = re.sub(r"```.*?```", "", text, flags=re.S)
+    return re.findall(r"^(#+) ", without_code, flags=re.M)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
-@pytest.mark.parametrize("path", SPEEDS, ids=lambda path: path.stem)
-def test_a_readme_shows_how_fast_it_is(path, readme):
-    benchmarks = {"training": training_speed, "latency": latency}
-    benchmark = benchmarks[path.stem.split("_")[0]]
-    table = benchmark.table(json.loads(path.read_text(encoding="utf-8")))
-    assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{table}\n```") == 1
+def _links(text):
+    return re.findall(r"\]\(([^)]+)\)", text)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
-def test_a_readme_shows_how_the_criteria_compare(readme):
-    (path,) = criteria.FOLDER.glob("*.csv")
-    measured = rows.read_rows(path)
-    text = (PROJECT / readme).read_text(encoding="utf-8")
-    assert text.count(f"```\n{criteria.table(measured)}\n```") == 1
-    assert path.with_suffix(".svg").relative_to(PROJECT).as_posix() in text
-    for row in measured:  # the budgets were met at every step
-        asked = float(row["parameters_asked_percent"])
-        assert abs(float(row["parameters_removed_percent"]) - asked) <= 0.1 + 1e-9
-        assert 0 <= float(row["macs_removed_percent"]) - asked <= 0.5
+def test_the_generated_pages_are_those_of_the_records_and_scripts(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert _text(PROJECT / "docs" / "results.md") == make_docs.results_page()
+    assert _text(PROJECT / "docs" / "options.md") == make_docs.options_page()
+    assert _text(README) == make_docs.readme()
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.tr.md"])
-def test_a_readme_shows_what_the_controls_are(readme):
-    (path,) = controls.FOLDER.glob("*.csv")
-    measured = rows.read_rows(path)
-    assert (PROJECT / readme).read_text(encoding="utf-8").count(f"```\n{controls.table(measured)}\n```") == 1
-    for method in controls.SCRIPTS:  # they are controls of the networks that the other results are about
-        (record,) = [record for record in RECORDS if record.stem == path.stem.replace("TS1", f"TS1_{method}")]
-        final = json.loads(record.read_text(encoding="utf-8"))["checkpoints"]
-        assert {row[f"{method}_sha256"] for row in measured} <= set(final.values())
+def test_both_readmes_have_the_same_headings_commands_and_links():
+    english, turkish = _text(README), _text(TURKISH)
+    assert _headings(turkish) == _headings(english)
+    assert re.findall(r"```.*?```", turkish, flags=re.S) == re.findall(r"```.*?```", english, flags=re.S)
+    swapped = [{"README.tr.md": "README.md"}.get(link, link) for link in _links(english)]
+    assert _links(turkish) == swapped
+    assert max(len(text.splitlines()) for text in (english, turkish)) <= 180
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(PROJECT).as_posix())
+def test_links_between_pages_lead_somewhere(path):
+    for link in _links(_text(path)):
+        if not link.startswith(("http", "#")):
+            target = (path.parent / link.split("#")[0]).resolve()
+            assert target.exists(), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(PROJECT).as_posix())
+def test_commands_name_scripts_and_targets_that_exist(path):
+    makefile = _text(PROJECT / "Makefile")
+    for block in re.findall(r"```(?:bash|bat)\n(.*?)```", _text(path), flags=re.S):
+        for script in re.findall(r"python (\w+/TS1_\w+\.py|benchmarks/\w+\.py)", block):
+            if not script.startswith("test_scenarios/TS1_06"):  # a script that the reader makes
+                assert (PROJECT / script).exists(), script
+        for target in re.findall(r"^make ([\w-]+)", block, flags=re.M):
+            assert re.search(rf"^[\w -]*\b{target}\b[\w -]*:", makefile, flags=re.M), target
+
+
+def test_the_criteria_were_measured_within_their_budgets():
+    (path,) = make_docs.criteria.FOLDER.glob("*.csv")
+    for row in rows.read_rows(path):
+        requested = float(row["parameters_asked_percent"])
+        assert abs(float(row["parameters_removed_percent"]) - requested) <= 0.1 + 1e-9
+        assert 0 <= float(row["macs_removed_percent"]) - requested <= 0.5

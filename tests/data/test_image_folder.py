@@ -1,11 +1,10 @@
 """Folders of images: every kind of picture, what is wrong with a folder, and the cache beside it."""
+
 import os
 import pickle
 import random
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from PIL import Image
 
 from cleanai import UserError
 from cleanai.data.sources import load_images
-from cleanai.runtime.scenario import PROJECT
-from tests.conftest import copy_real_images, make_image_folder, needs_real_images
+from tests.helpers import copy_real_images, ended, make_image_folder, needs_real_images, started
 
 
 def png(width, height, bits, kind, rows=b""):
@@ -118,63 +116,60 @@ def _emptied(folder):
     folder.mkdir()
 
 
-BAD_FOLDERS = {  # what is done to a good folder, and what the one line says
-    "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*dog.0\.png"),
-    "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"Broken image file: .*dog.0\.png"),
-    "a pickle": (lambda f: (f / "test/cat/0.png").write_bytes(pickle.dumps([1])), r"Broken image file: .*cat.0\.png"),
+BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
+    "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*train.dog.0\.png"),
+    "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"test.dog.0\.png"),
+    "a pickle": (lambda f: (f / "test/cat/0.png").write_bytes(pickle.dumps([1])), r"test.cat.0\.png"),
     "truncated PNG": (
         lambda f: (f / "test/cat/1.png").write_bytes((f / "test/cat/1.png").read_bytes()[:50]),
-        r"Broken image file: .*1\.png",
+        r"test.cat.1\.png",
     ),
     "truncated JPEG": (
         lambda f: (_saved_as(f / "test/cat/a.jpg", "RGB", 9), os.truncate(f / "test/cat/a.jpg", 500)),
-        r"Broken image file: .*a\.jpg",
+        r"test.cat.a\.jpg",
     ),
     "truncated BMP": (
         lambda f: (_saved_as(f / "test/cat/a.bmp", "RGB", 9), os.truncate(f / "test/cat/a.bmp", 99)),
-        r"Broken image file: .*a\.bmp",
+        r"test.cat.a\.bmp",
     ),
     "flipped bit": (
         lambda f: (f / "train/cat/1.png").write_bytes(_flip((f / "train/cat/1.png").read_bytes(), 45)),
-        r"Broken image file: .*1\.png",
+        r"train.cat.1\.png",
     ),
     "bomb": (
         lambda f: (f / "train/cat/a.png").write_bytes(png(30_000, 30_000, 1, 0)),
-        r"Broken image file: .*a\.png .*900000000 pixels",
+        r"train.cat.a\.png .*900000000 pixels",
     ),
     "small bomb": (
         lambda f: (f / "train/cat/a.png").write_bytes(png(10_000, 10_000, 1, 0)),
-        r"Broken image file: .*a\.png .*100000000 pixels",
+        r"train.cat.a\.png .*100000000 pixels",
     ),
-    "fractions": (lambda f: _saved_as(f / "train/cat/a.tif", "F", 0.5), r"Broken image file: .*a\.tif .*32 bits"),
-    "32 bits": (lambda f: _saved_as(f / "train/cat/a.tif", "I", 70_000), r"Broken image file: .*a\.tif .*32 bits"),
-    "link to nothing": (lambda f: (f / "train/cat/a.png").symlink_to(f / "gone.png"), r"a\.png"),
+    "fractions": (lambda f: _saved_as(f / "train/cat/a.tif", "F", 0.5), r"train.cat.a\.tif .*8 bits per channel"),
+    "32 bits": (lambda f: _saved_as(f / "train/cat/a.tif", "I", 70_000), r"train.cat.a\.tif .*32-bit"),
+    "link to nothing": (lambda f: (f / "train/cat/a.png").symlink_to(f / "missing.png"), r"train.cat.a\.png"),
     "other size": (
         lambda f: Image.new("RGB", (9, 8)).save(f / "train/cat/9.png"),
-        r"9\.png is 9 x 8 pixels and the first image is 8 x 8",
+        r"train.cat.9\.png is 9 x 8 pixels and the first image is 8 x 8",
     ),
     "other size in test": (
         lambda f: Image.new("RGB", (8, 9)).save(f / "test/dog/1.png"),
-        r"test.dog.1\.png is 8 x 9 pixels and the first image is 8 x 8",
+        r"test.dog.1\.png is 8 x 9 pixels",
     ),
-    "class empty": (lambda f: _emptied(f / "train/cat"), "train.cat holds no files: put images there"),
+    "class empty": (lambda f: _emptied(f / "train/cat"), r"Pets.train must hold images in class folders: .*\bcat\b"),
     "class of texts": (
         lambda f: (_emptied(f / "test/cat"), (f / "test/cat/note.txt").write_bytes(b"")),
-        r"test.cat holds only other files, such as note\.txt: put images there \(\.jpg, ",
+        r"Pets.test .*\bcat\b",
     ),
-    "class missing in test": (lambda f: shutil.rmtree(f / "test/dog"), "same class folders; only one of them has dog"),
-    "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), "class folders; only one of them has cat"),
-    "class of another name": (
-        lambda f: (f / "test/dog").rename(f / "test/Dog "),
-        "same class folders; only one of them has Dog , dog",
+    "class missing in test": (
+        lambda f: shutil.rmtree(f / "test/dog"),
+        "train and test must have the same class folders; only one of them has dog$",
     ),
-    "no classes": (lambda f: _emptied(f / "train"), "train must hold images in class folders: it has no folders"),
-    "test missing": (lambda f: shutil.rmtree(f / "test"), "test must hold images in class folders"),
-    "train missing": (lambda f: shutil.rmtree(f / "train"), "train must hold images in class folders"),
-    "part is a file": (
-        lambda f: (shutil.rmtree(f / "test"), (f / "test").write_bytes(b"")),
-        "test must hold images in class folders",
-    ),
+    "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), "only one of them has cat$"),
+    "class of another name": (lambda f: (f / "test/dog").rename(f / "test/Dog "), "only one of them has Dog , dog$"),
+    "no classes": (lambda f: _emptied(f / "train"), r"Pets.train\b"),
+    "test missing": (lambda f: shutil.rmtree(f / "test"), r"Pets.test\b"),
+    "train missing": (lambda f: shutil.rmtree(f / "train"), r"Pets.train\b"),
+    "part is a file": (lambda f: (shutil.rmtree(f / "test"), (f / "test").write_bytes(b"")), r"Pets.test\b"),
 }
 
 
@@ -198,7 +193,7 @@ def test_more_images_than_memory_are_named_in_one_line(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", full)
-    with pytest.raises(UserError, match=r"Pets: 8 images of 8 x 8 pixels take 0 GiB, more memory than there is"):
+    with pytest.raises(UserError, match=r"Pets: 8 images of 8 x 8 pixels take 0 GiB, more memory"):
         load_images("Pets", tmp_path)
 
 
@@ -209,6 +204,16 @@ def test_an_unknown_dataset_is_never_replaced_by_another(tmp_path, name):
     load_images("Dogs", tmp_path / "data")
     with pytest.raises(UserError, match="Unknown dataset: "):
         load_images(name, tmp_path / "data")
+
+
+def test_images_in_folders_within_a_class_and_links_are_read(tmp_path):
+    folder = make_image_folder(tmp_path / "Pets")
+    (folder / "train/cat/more").mkdir()
+    Image.new("RGB", (8, 8), (0, 250, 0)).save(folder / "train/cat/more/0.png")
+    (folder / "train/dog/a.png").symlink_to(folder / "test/cat/0.png")
+    (folder / "train/dog/note.txt").touch()
+    colours = load_images("Pets", tmp_path).train.pixels[:, :, 0, 0].tolist()
+    assert colours == [[250, 0, 0]] * 2 + [[0, 250, 0]] + [[0, 0, 250]] * 2 + [[250, 0, 0]]
 
 
 class TestCache:
@@ -257,7 +262,7 @@ class TestCache:
             picture.rename(folder / "train/dog/2.png")
             expected.append(expected.pop(0))
         assert self._colours(folder) == expected
-        assert capsys.readouterr().out.startswith("The images are not those that ")
+        assert capsys.readouterr().out.startswith("The images have changed since ")
         assert self._colours(folder) == expected
         assert capsys.readouterr().out == "", "the new cache is good"
 
@@ -278,7 +283,7 @@ class TestCache:
             assert printed.count("\n") == 1
             assert "decoding" in printed
 
-    def test_what_killed_runs_left_of_it_goes(self, folder):
+    def test_leftovers_of_killed_runs_are_removed(self, folder):
         abandoned, written, own = (folder.with_name(f"Pets.{end}") for end in ("cache.1.tmp", "cache.2.tmp", "tmp"))
         for path in (abandoned, written, own):
             path.touch()
@@ -292,7 +297,7 @@ class TestCache:
         cache.unlink()
         cache.mkdir()  # cannot be read or replaced
         assert self._colours(folder)[0] == [250, 0, 0]
-        assert "cannot be kept for the next run" in capsys.readouterr().out
+        assert capsys.readouterr().out.splitlines()[-1].startswith("The decoded images cannot be cached (")
         assert sorted(path.name for path in folder.parent.iterdir()) == ["Pets", "Pets.cache"]
 
     @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
@@ -303,7 +308,7 @@ class TestCache:
             assert self._colours(folder)[0] == [250, 0, 0]
         finally:
             folder.parent.chmod(0o755)
-        assert "cannot be kept for the next run" in capsys.readouterr().out
+        assert "cannot be cached" in capsys.readouterr().out
 
     def test_two_processes_may_make_it_at_once(self, folder):
         program = (
@@ -315,7 +320,7 @@ class TestCache:
             "    (pixels, labels), *_ = read_image_folder(folder)\n"
             "    assert pixels[:, 0, 0, 0].tolist() == [250, 100, 0, 0], pixels\n"
         )
-        command = [sys.executable, "-c", program, str(folder)]
-        both = [subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        for process in both:
-            assert (process.communicate()[1], process.returncode) == ("", 0)
+        with started(["-c", program, folder]) as first, started(["-c", program, folder]) as second:
+            for process in (first, second):
+                result = ended(process)
+                assert (result.stderr, result.returncode) == ("", 0)

@@ -1,12 +1,11 @@
 """The download of CIFAR-10, from a server of the test, with a tiny archive in its format."""
+
 import hashlib
 import io
 import os
 import pickle
-import subprocess
-import sys
+import socket
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ from torchvision import datasets
 from cleanai import UserError
 from cleanai.data.images import Images
 from cleanai.data.sources import load_images
-from cleanai.runtime.scenario import PROJECT
-from tests.servers import serving
+from tests.helpers import serving, started, wait_for
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ def _load(tmp_path, monkeypatch, content: bytes, cut_off: bool = False) -> Image
 
 
 def _load_offline(tmp_path, monkeypatch) -> Images:
-    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/gone")
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/none")
     return load_images("CIFAR10", tmp_path)
 
 
@@ -87,7 +85,7 @@ def test_the_right_archive_is_read(tmp_path, monkeypatch, parts, archive):
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [("wrong checksum", "its MD5 is not"), ("cut off", "ended after"), ("missing", "404")]
+    ("fault", "reason"), [("wrong checksum", "its MD5 differs"), ("cut off", "MD5"), ("missing", "404")]
 )
 def test_a_bad_archive_is_refused_and_a_second_try_succeeds(tmp_path, monkeypatch, archive, fault, reason):
     content = archive[:-4] + b"1234" if fault == "wrong checksum" else archive
@@ -102,7 +100,9 @@ def test_a_bad_archive_is_refused_and_a_second_try_succeeds(tmp_path, monkeypatc
 def test_an_archive_put_there_by_hand_is_taken_when_it_is_the_published_one(tmp_path, monkeypatch, archive):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(archive[:-1])
-    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is not the published file .* delete it") as error:
+    with pytest.raises(
+        UserError, match=r"cifar-10-python\.tar\.gz is not the published file .*MD5.* delete it"
+    ) as error:
         _load_offline(tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
     assert _files(tmp_path) == [path.name], "a file of the user's is not deleted"
@@ -138,7 +138,7 @@ def test_no_member_of_an_archive_is_written_outside_its_folder(
         assert len(_load(data_dir, monkeypatch, content).train) == 10
         assert _files(data_dir) == [*EXTRACTED, "cifar-10-python.tar.gz"]
     else:
-        with pytest.raises(UserError, match="its MD5 is not that of the published file"):
+        with pytest.raises(UserError, match=r"CIFAR-10 .*MD5"):
             _load(data_dir, monkeypatch, content)
         assert _files(data_dir) == []
     assert _files(tmp_path) == [f"data/{name}" for name in _files(data_dir)]
@@ -159,22 +159,31 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_the_archive(tmp_path
         "datasets.CIFAR10.url = sys.argv[1]\n"
         "load_images('CIFAR10', Path(sys.argv[2]))\n"
     )
-    with serving({"cifar.tar.gz": bytes(2**22)}, stall=True) as address:
-        command = [sys.executable, "-c", program, f"{address}/cifar.tar.gz", str(tmp_path)]
-        process = subprocess.Popen(command, cwd=PROJECT)
-        while process.poll() is None and not any(path.stat().st_size for path in tmp_path.iterdir()):
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-    left = _files(tmp_path)
-    assert len(left) == 1, "the download ended before it could be killed"
-    assert left != ["cifar-10-python.tar.gz"]
+    with serving({"cifar.tar.gz": bytes(2**22)}, stall=True) as address, started(
+        ["-c", program, f"{address}/cifar.tar.gz", tmp_path]
+    ) as process:
+        wait_for(lambda: any(path.stat().st_size for path in tmp_path.iterdir()), process)
+    leftovers = _files(tmp_path)
+    assert len(leftovers) == 1
+    assert leftovers != ["cifar-10-python.tar.gz"]
     assert len(_load(tmp_path, monkeypatch, archive).train) == 10
-    assert left[0] in _files(tmp_path), "another run may be writing it"
+    assert leftovers[0] in _files(tmp_path), "another run may be writing it"
+    if not leftovers[0].endswith(".partial"):
+        pytest.skip("PyTorch before 2.1 gives its temporary files names that are not known to be of the download")
 
     extracting = tmp_path / "cifar-10-batches-py" / "test_batch.4711.tmp"
     extracting.touch()
-    for path in (tmp_path / left[0], extracting):
+    for path in (tmp_path / leftovers[0], extracting):
         os.utime(path, (0, 0))
     assert len(_load_offline(tmp_path, monkeypatch).train) == 10
-    assert _files(tmp_path) == [*EXTRACTED, "cifar-10-python.tar.gz"], "no run rests that long"
+    assert _files(tmp_path) == [*EXTRACTED, "cifar-10-python.tar.gz"], "no run pauses that long"
+
+
+def test_a_server_that_stalls_does_not_hold_a_run_forever(tmp_path, monkeypatch, archive):
+    monkeypatch.setattr("cleanai.runtime.download._TIMEOUT_S", 0.5)
+    with serving({"cifar.tar.gz": bytes(2**22)}, stall=True) as address:
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar.tar.gz")
+        with pytest.raises(UserError, match=r"CIFAR-10 could not be downloaded \(.*timed out"):
+            load_images("CIFAR10", tmp_path)
+    assert _files(tmp_path) == []
+    assert socket.getdefaulttimeout() is None

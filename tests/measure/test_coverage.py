@@ -1,4 +1,5 @@
-"""Coverage against the dnn-tip package on the same activations, gathered here in another way."""
+"""Coverage against the package dnn-tip on the same activations, which are recorded here in another way."""
+
 import copy
 from dataclasses import replace
 
@@ -9,17 +10,19 @@ from dnn_tip.neuron_coverage import KMNC, NAC, NBC, SNAC, TKNC
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet
+from cleanai.measure import coverage
 from cleanai.measure.coverage import measure_coverage, record_profiles
+from cleanai.network.activations import not_finite
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.compute import choose_compute
+from tests.helpers import random_images
 
-NAMES = ["inner", "second", "shortcut", "last", "classify", "output"]  # where outputs are seen: their first readers
+NAMES = ["inner", "second", "shortcut", "last", "classify", "output"]  # the first layer that reads each output
 
 
 class Residual(nn.Module):
-    """One ReLU for everything, a residual addition that two layers read, and a pooled end."""
+    """One ReLU for all layers, a residual addition that two layers read, and a pooled end."""
 
     def __init__(self):
         super().__init__()
@@ -41,18 +44,12 @@ class Residual(nn.Module):
         return [stem, inner, stream, pooled, last, self.classify(last)]
 
 
-def _pictures(count, seed, spread=256):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, spread, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return ImageSet(pixels, torch.arange(count) % 4, torch.full((3,), 0.5), torch.full((3,), 0.3))
-
-
-TRAINING, TEST = _pictures(41, seed=0, spread=200), _pictures(37, seed=1)
+TRAINING, TEST = random_images(41, seed=0, below=200), random_images(37, seed=1)
 
 
 @pytest.fixture
 def tens(compute):
-    """As everywhere, in batches of 10 of these pictures, so that the last is ragged."""
+    """The same in batches of 10 of these images, so that the last one is smaller."""
     return replace(compute, inference_pixels=10 * 64)
 
 
@@ -62,13 +59,14 @@ def residual(request):
     network = Residual().eval()
     network.norm.bias.data[3] = -50  # a dead neuron
     if request.param == "pruned":
-        compute = choose_compute("cpu", "float32")
-        prune_to_budget(network, WandaImportance(), TRAINING, TRAINING, compute, 0.3, None, 1, 16, [1])
+        compute, images = choose_compute("cpu", "float32"), PruneImages(TRAINING, TRAINING)
+        settings = PruneSettings(0.3, None, steps=1, round_to=[1], batch_size=16)
+        prune_to_budget(network, WandaImportance(), images, compute, settings)
         assert network.inner.out_channels < 24
     return network
 
 
-def _gathered(network, images, values=lambda layer: layer):
+def _activations(network, images, values=lambda layer: layer):
     """The neurons of each layer on all images at once: arrays (images, channels), after `values` of the layer."""
     with torch.inference_mode():
         layers = network.outputs(next(images.batches(len(images)))[0])
@@ -85,24 +83,25 @@ def _expected(criterion, activations):
     return 100 * criterion(activations)[1].any(0).mean()
 
 
-@pytest.mark.parametrize("beyond", [0.0, 0.5])
-def test_all_criteria_are_those_of_dnn_tip(residual, tens, beyond):
+def test_all_criteria_are_those_of_dnn_tip(residual, tens, monkeypatch):
+    monkeypatch.setattr(coverage, "SECTIONS", 50)
+    monkeypatch.setattr(coverage, "TOP", 2)
     profiles = record_profiles(residual, TRAINING, tens)
-    measured = measure_coverage(residual, TEST, profiles, tens, sections=50, beyond=beyond, top=2)
-    seen = _gathered(residual, TRAINING)
-    low, high, deviation = ([getattr(layer, name)(0) for layer in seen] for name in ("min", "max", "std"))
+    measured = measure_coverage(residual, TEST, profiles, tens)
+    in_training = _activations(residual, TRAINING)
+    low, high, deviation = ([getattr(layer, name)(0) for layer in in_training] for name in ("min", "max", "std"))
     assert list(profiles) == NAMES
-    for profile, *expected in zip(profiles.values(), low, high, deviation):
-        for name, values in zip(("low", "high", "deviation"), expected):
-            np.testing.assert_allclose(getattr(profile, name).numpy(), values, rtol=1e-5, atol=1e-6)
+    for profile, *expected in zip(profiles.values(), low, high):
+        for values, expected_values in zip((profile.low, profile.high), expected):
+            np.testing.assert_allclose(values.numpy(), expected_values, rtol=1e-5, atol=1e-6)
 
-    activations = _gathered(residual, TEST)
-    # A value that equals a boundary is beyond it for dnn-tip: it would call the dead neuron, always 0, out of bounds.
+    activations = _activations(residual, TEST)
+    # For dnn-tip a value on a boundary is outside: the dead neuron, always 0, would be out of bounds.
     below, above = [layer - 1e-6 for layer in low], [layer + 1e-6 for layer in high]
     expected = {
         "kmnc_percent": _expected(KMNC(low, high, sections=50), activations),
-        "nbc_percent": _expected(NBC(below, above, deviation, beyond), activations),
-        "snac_percent": _expected(SNAC(above, deviation, beyond), activations),
+        "nbc_percent": _expected(NBC(below, above, deviation, 0), activations),
+        "snac_percent": _expected(SNAC(above, deviation, 0), activations),
         "tknc_percent": _expected(TKNC(2), activations),
     }
     assert measured["neurons"] == sum(layer.shape[1] for layer in activations)
@@ -112,39 +111,40 @@ def test_all_criteria_are_those_of_dnn_tip(residual, tens, beyond):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 0.5])
-def test_neuron_coverage_is_that_of_dnn_tip_on_raw_and_on_scaled_values(residual, tens, threshold):
-    profiles = record_profiles(residual, TRAINING, tens)
-    for scaled, values in ((True, _scaled), (False, lambda layer: layer)):
-        measured = measure_coverage(residual, TEST, profiles, tens, threshold, scaled)
-        expected = NAC(threshold)(_gathered(residual, TEST, values))[1].any(0)
-        assert measured["nc_percent"] == pytest.approx(100 * expected.mean(), abs=1e-9)
-        widths = np.cumsum([layer["neurons"] for layer in measured["layers"]])[:-1]
-        parts = [100 * part.mean() for part in np.split(expected, widths)]
-        assert [layer["nc_percent"] for layer in measured["layers"]] == pytest.approx(parts)
+def test_neuron_coverage_is_that_of_dnn_tip_on_scaled_values(residual, tens, threshold, monkeypatch):
+    monkeypatch.setattr(coverage, "THRESHOLD", threshold)
+    measured = measure_coverage(residual, TEST, record_profiles(residual, TRAINING, tens), tens)
+    expected = NAC(threshold)(_activations(residual, TEST, _scaled))[1].any(0)
+    assert measured["nc_percent"] == pytest.approx(100 * expected.mean(), abs=1e-9)
+    widths = np.cumsum([layer["neurons"] for layer in measured["layers"]])[:-1]
+    parts = [100 * part.mean() for part in np.split(expected, widths)]
+    assert [layer["nc_percent"] for layer in measured["layers"]] == pytest.approx(parts)
 
 
-def test_how_images_are_split_into_batches_does_not_matter(residual, tens):
+def test_the_split_into_batches_does_not_change_the_coverage(residual, tens, monkeypatch):
+    monkeypatch.setattr(coverage, "SECTIONS", 20)
     at_once = replace(tens, inference_pixels=41 * 64)
     whole = record_profiles(residual, TRAINING, at_once)
-    expected = measure_coverage(residual, TEST, whole, at_once, sections=20)
+    expected = measure_coverage(residual, TEST, whole, at_once)
     for size in (1, 9):
         small = replace(tens, inference_pixels=size * 64)
         parts = record_profiles(residual, TRAINING, small)
         for name, profile in parts.items():
-            torch.testing.assert_close(profile.deviation, whole[name].deviation, rtol=1e-5, atol=1e-7)
-        measured = measure_coverage(residual, TEST, parts, small, sections=20)
+            torch.testing.assert_close(profile.low, whole[name].low, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(profile.high, whole[name].high, rtol=1e-5, atol=1e-7)
+        measured = measure_coverage(residual, TEST, parts, small)
         for key in ("nc_percent", "kmnc_percent", "tknc_percent"):
             assert measured[key] == pytest.approx(expected[key], abs=0.5)
 
 
-def test_the_images_a_profile_was_made_of_cross_no_boundary(residual, tens):
+def test_the_images_of_a_profile_cross_no_boundary(residual, tens):
     profiles = record_profiles(residual, TRAINING, tens)
     measured = measure_coverage(residual, TRAINING, profiles, tens)
     assert measured["nbc_percent"] == measured["snac_percent"] == 0
     assert measured["kmnc_percent"] > 0
 
 
-def test_a_resnet_has_its_layers_once_and_is_left_as_it_was(network, digits, compute):
+def test_each_layer_of_a_resnet_counts_once_and_the_network_does_not_change(network, digits, compute):
     images = digits.test.select(torch.arange(16))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.train()
@@ -159,7 +159,7 @@ def test_a_resnet_has_its_layers_once_and_is_left_as_it_was(network, digits, com
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
 
 
-def test_a_lower_precision_of_the_network_is_not_that_of_the_measurement(residual):
+def test_the_means_of_bfloat16_values_are_exact(residual):
     compute = choose_compute("cpu", "bfloat16")
     profiles = record_profiles(residual, TRAINING, compute)
     assert list(profiles) == NAMES
@@ -177,7 +177,7 @@ def test_profiles_of_another_network_and_damaged_networks_are_refused(residual, 
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
     damaged = copy.deepcopy(residual)
     damaged.inner.weight.data.fill_(torch.inf)
-    with pytest.raises(UserError, match="not finite numbers"):
+    with pytest.raises(UserError, match=str(not_finite())):
         record_profiles(damaged, TRAINING, tens)
-    with pytest.raises(UserError, match="not finite numbers"):
+    with pytest.raises(UserError, match=str(not_finite())):
         measure_coverage(damaged, TEST, profiles, tens)

@@ -1,10 +1,35 @@
-import time
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from cleanai.measure import latency
 from cleanai.measure.latency import time_in_turns, time_networks
+
+
+class Clock:
+    """A clock on which time only passes in the calls that are timed, so that no test depends on the machine."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def call(self, seconds):
+        """A function that takes the next of these numbers of seconds each time."""
+        durations = iter(seconds)
+
+        def call():
+            self.now += next(durations)
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
 
 def test_networks_are_timed_in_turns(digits, compute):
@@ -23,19 +48,19 @@ def test_networks_are_timed_in_turns(digits, compute):
     calls = []
     timed = time_networks({"a": Recording("a"), "b": Recording("b")}, digits.test, compute, torch.bfloat16)
     for name in ("a", "b"):
-        latency = timed[name]["latency_ms"]
-        assert latency["n"] == 200
-        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-        assert latency["mean"] > 0
+        distribution = timed[name]["latency_ms"]
+        assert distribution["n"] == 200
+        assert 0 < distribution["p50"] <= distribution["p90"] <= distribution["p99"]
+        assert distribution["mean"] > 0
         quantiles = timed[name]["latency_quantiles_ms"]
         assert len(quantiles) == 49
         assert quantiles == sorted(quantiles)
-        assert quantiles[24] == pytest.approx(latency["p50"], abs=1e-4)
-        assert quantiles[44] == pytest.approx(latency["p90"], abs=1e-4)
+        assert quantiles[24] == pytest.approx(distribution["p50"], abs=1e-4)
+        assert quantiles[44] == pytest.approx(distribution["p90"], abs=1e-4)
         assert timed[name]["throughput_images_per_s"] > 0
     singles = [name for name, size in calls if size == 1]
     warm_up = len(singles) - 2 * 300
-    assert warm_up >= 40, "two turns at least tell whether times are stable"
+    assert warm_up >= 40, "only two turns or more show whether times are stable"
     # Each turn begins with another network: b a, a b, b a, ...
     turns = [singles[start : start + 20] for start in range(0, len(singles), 20)]
     for number, turn in enumerate(turns):
@@ -45,22 +70,25 @@ def test_networks_are_timed_in_turns(digits, compute):
     assert batches == (["b", "a", "a", "b"] * len(batches))[: len(batches)]
 
 
-def test_turns_in_which_the_machine_was_busy_are_left_out_for_all(compute):
-    """Every third turn something else holds the machine up while one of the networks happens to be timed."""
-    count = 0
-
-    def disturbed():
-        nonlocal count
-        count += 1
-        time.sleep(0.1 if count % 3 == 0 else 0.002)
-
-    seconds = time_in_turns({"a": disturbed, "b": lambda: time.sleep(0.002)}, 30, 1, compute, "")
-    assert [len(values) for values in seconds.values()] == [20, 20]
-    assert sum(value >= 0.1 for value in seconds["a"]) <= 2  # ten of them were measured
+def test_slow_turns_are_left_out_for_all_networks(clock, compute):
+    """In every third turn other work on the machine slows one of the networks down."""
+    calls = {"a": clock.call(itertools.cycle([0.002, 0.002, 0.1])), "b": clock.call(itertools.repeat(0.003))}
+    seconds = time_in_turns(calls, 30, 1, compute, "")
+    assert seconds == {"a": pytest.approx([0.002] * 20), "b": pytest.approx([0.003] * 20)}
 
 
-def test_times_are_of_single_calls(compute):
-    seconds = time_in_turns({"a": lambda: time.sleep(0.003)}, 6, 2, compute, "")["a"]
-    assert len(seconds) == 8
-    assert min(seconds) >= 0.003
-    assert sum(seconds) == pytest.approx(8 * 0.003, rel=3)
+def test_times_are_of_single_calls(clock, compute):
+    seconds = time_in_turns({"a": clock.call(itertools.cycle([0.003, 0.004]))}, 6, 2, compute, "")
+    assert seconds == {"a": pytest.approx([0.003, 0.004] * 4)}
+
+
+def test_the_warm_up_ends_when_turns_take_equally_long(clock, compute):
+    durations = iter([8.0, 4.0, 2.0, 1.0, 0.97, *[0.5] * 6])
+    seconds = time_in_turns({"a": clock.call(durations)}, 6, 1, compute, "")
+    assert seconds == {"a": pytest.approx([0.5] * 4)}
+    assert not list(durations), "all calls after the warm-up are measured"
+
+
+def test_a_warm_up_in_which_turns_never_take_equally_long_ends(clock, compute):
+    seconds = time_in_turns({"a": clock.call(2.0**power for power in range(16, 0, -1))}, 6, 1, compute, "")
+    assert seconds == {"a": [2, 4, 8, 16]}, "ten turns of warm-up, and the fastest four of six"

@@ -1,4 +1,5 @@
-"""Exported networks, as another program finds them."""
+"""Exported networks, as another program reads them."""
+
 import os
 
 import onnx
@@ -10,12 +11,12 @@ from torch import nn
 from cleanai import UserError
 from cleanai.measure.onnx_export import export_onnx
 from cleanai.network.models import resnet18_for_small_images
-from tests.test_cli import SCRIPTS, fails, run
+from tests.helpers import SCRIPTS, fails, run
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A network whose batch norms have seen inputs, the file it was exported to, and the difference that was found."""
+    """A network with running statistics in its batch norms, the exported file, and the difference that was found."""
     torch.manual_seed(0)
     network = resnet18_for_small_images(10)
     network(torch.randn(32, 3, 16, 16))
@@ -51,7 +52,7 @@ def test_batch_norm_is_folded_and_the_size_of_a_batch_is_free(exported):
         first, *others = value.type.tensor_type.shape.dim
         assert first.dim_param
         assert [dimension.dim_value for dimension in others] == sizes
-    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules()), "the network itself stays as it was"
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules()), "export changes only a copy"
 
 
 def test_other_outputs_than_pytorchs_are_refused(tmp_path):
@@ -68,8 +69,8 @@ def test_other_outputs_than_pytorchs_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_missing_packages_are_named_before_anything_is_done(script, tmp_path):
-    # Python runs this file first; a module that is None cannot be imported. PyTorch must not even be looked for.
+def test_missing_packages_are_named_before_any_work(script, tmp_path):
+    # Python runs this file first. A module that is None cannot be imported, and PyTorch must not be needed.
     blocked = "import sys\nfor name in ('onnx', 'onnxruntime', 'torch'):\n    sys.modules[name] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocked, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

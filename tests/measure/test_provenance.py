@@ -32,9 +32,9 @@ def test_a_network_at_chance_level_is_named(digits, accuracies, expected):
         assert warning.startswith(beginning)
 
 
-def test_layers_with_hardly_a_channel_left_are_named(digits):
+def test_layers_with_few_channels_are_named(digits):
     thin = [{"name": "layer4.0.conv1", "channels_before": 512, "channels_after": 56},
             {"name": "layer1.0.conv1", "channels_before": 64, "channels_after": 8}]  # fmt: skip
     assert find_warnings(_models(90, 80, 88), [*LAYERS, *thin], digits) == [
-        "Hardly any channels are left in layer4.0.conv1 56 of 512, layer1.0.conv1 8 of 64"
+        "Few channels remain in layer4.0.conv1 56 of 512, layer1.0.conv1 8 of 64"
     ]

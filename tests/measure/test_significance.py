@@ -1,4 +1,5 @@
 """The paired comparison, against statsmodels and scipy."""
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cleanai.measure.significance import compare_paired, pack, unpack
 
 
 def _pair(both, only_first, only_second, neither):
-    """Two networks' rights and wrongs with these counts of images, in random order."""
+    """The flags of two networks that classify these numbers of images correctly, in random order."""
     first = [True] * (both + only_first) + [False] * (only_second + neither)
     second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
     order = np.random.default_rng(1).permutation(len(first))
@@ -26,8 +27,9 @@ def test_the_p_value_is_that_of_statsmodels(counts):
     assert compared["difference_points"] == pytest.approx(100 * (only_second - only_first) / sum(counts))
 
 
-def test_a_p_value_written_out_by_hand():
-    # 9 images fall to one network and 1 to the other: 2 x (1 + 10) of the 2^10 ways are at least as uneven.
+def test_a_p_value_calculated_by_hand():
+    # 9 images are correct only with one network, 1 only with the other: 2 x (1 + 10) of the 2^10 ways are at least as
+    # uneven.
     assert compare_paired(*_pair(30, 9, 1, 5))["p_value"] == pytest.approx(2 * (1 + 10) / 2**10)
 
 
@@ -35,14 +37,14 @@ def test_the_interval_is_that_of_the_bootstrap_of_scipy():
     first, second = _pair(800, 10, 25, 165)
     low, high = compare_paired(first, second)["interval_points"]
     points = 100.0 * (second.astype(int) - first.astype(int))
-    drawn = bootstrap((points,), np.mean, n_resamples=4000, batch=500, method="percentile", random_state=0)
-    expected = drawn.confidence_interval
+    resampled = bootstrap((points,), np.mean, n_resamples=4000, batch=500, method="percentile", random_state=0)
+    expected = resampled.confidence_interval
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.15)  # both are random
     assert low < 1.5 < high
     assert compare_paired(first, second)["interval_points"] == [low, high], "the same numbers every time"
 
 
-def test_networks_that_agree_everywhere_differ_by_nothing():
+def test_networks_that_agree_on_every_image_have_no_difference():
     compared = compare_paired(*_pair(30, 0, 0, 10))
     assert (compared["difference_points"], compared["interval_points"], compared["p_value"]) == (0, [0, 0], 1)
 

@@ -14,7 +14,7 @@ from cleanai.network.models import (
     imagenet_url,
     resnet18_for_small_images,
 )
-from tests.servers import serving
+from tests.helpers import parameter_count, serving, torch_macs
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +29,31 @@ def published():
 
 def test_parameters_and_output():
     network = resnet18_for_small_images(10)
-    assert sum(p.numel() for p in network.parameters()) == 11_173_962
+    assert parameter_count(network) == 11_173_962
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert resnet18_for_small_images(7).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_convolutions_and_the_classifier_do_555_422_720_multiply_accumulates():
-    flop_counter = pytest.importorskip("torch.utils.flop_counter")  # since PyTorch 2.1
-    with flop_counter.FlopCounterMode(display=False) as counter:
-        resnet18_for_small_images(10).eval()(torch.zeros(1, 3, 32, 32))
-    assert counter.get_total_flops() == 2 * 555_422_720
+    assert torch_macs(resnet18_for_small_images(10), 32) == 555_422_720
 
 
-def test_weights_are_downloaded_once_and_carried_over(tmp_path, published):
+def test_weights_are_downloaded_once(tmp_path, published):
     content, name = published
     with serving({name: content}) as address:
         path = download_imagenet_weights(tmp_path / "models", f"{address}/{name}")
     assert path == tmp_path / "models" / name
     assert path.read_bytes() == content
-    # The server is gone: what is there already is taken.
-    leftover = path.with_name(f"{name}.4711.tmp")  # of a run that was killed
-    leftover.touch()
-    os.utime(leftover, (0, 0))
+    unfinished = path.with_name(f"{name}.4711.tmp")  # of a run that was killed
+    unfinished.touch()
+    os.utime(unfinished, (0, 0))
+    # The server does not run any more.
     assert download_imagenet_weights(tmp_path / "models", f"{address}/{name}") == path
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("fault", ["wrong checksum", "cut off", "missing", "no server"])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, published, fault):
+def test_a_failed_download_says_what_to_do_and_writes_nothing(tmp_path, published, fault):
     content, name = published
     files = {"wrong checksum": {name: content[:-1] + b"x"}, "cut off": {name: content}}.get(fault, {})
     with serving(files, cut_off=fault == "cut off") as address:
@@ -70,14 +67,14 @@ def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, publishe
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_put_there_by_hand_is_named(tmp_path, published):
+def test_a_damaged_file_of_weights_is_refused(tmp_path, published):
     content, name = published
     (tmp_path / name).write_bytes(content[:100])
     with pytest.raises(UserError, match=r"is not the published file \(its SHA-256 differs\): delete it"):
         download_imagenet_weights(tmp_path, f"http://127.0.0.1:9/{name}")
 
 
-def test_layers_take_the_shapes_of_the_weights():
+def test_layers_get_the_shapes_of_the_weights():
     narrow = resnet18_for_small_images(10)
     block = narrow.layer1[0]
     block.conv1, block.bn1 = torch.nn.Conv2d(64, 24, 3, padding=1, bias=False), torch.nn.BatchNorm2d(24)
@@ -91,7 +88,7 @@ def test_layers_take_the_shapes_of_the_weights():
     assert rebuilt.layer1[0].bn1.num_features == 24
 
 
-def test_other_networks_are_those_of_torchvision(tmp_path):
+def test_other_networks_are_those_of_torchvision():
     network = build("MobileNetV2", 3)
     assert network.state_dict().keys() == mobilenet_v2().state_dict().keys()
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)

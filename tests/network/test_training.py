@@ -3,16 +3,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from cleanai import UserError
-from cleanai.network.evaluation import evaluate
+from cleanai.network import training
+from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import load_network, resnet18_for_small_images
 from cleanai.network.training import TrainSettings, fine_tune, learning_rate, train
 from cleanai.network.training_step import TrainingStep
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.scenario import Scenario
 
-FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 6}}
+FACTS = {
+    "model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "image_size": [16, 16],
+    "config": {"epochs": 6},
+}  # fmt: skip
 SETTINGS = TrainSettings(epochs=6, batch_size=16)
 
 
@@ -44,41 +49,42 @@ def test_the_learning_rate_rises_to_its_peak_and_ends_at_zero():
 def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute):
     network.train()
     result = evaluate(network, digits.test, compute)
-    assert network.training, "its mode is left as it was"
+    assert network.training, "its mode has changed"
     network.eval()
     with torch.no_grad():
         outputs = torch.cat([network(inputs) for inputs, _ in digits.test.batches(90)])
-    hits = outputs.argmax(1) == digits.test.labels
-    assert torch.equal(result.correct, hits)
-    assert result.accuracy_percent == pytest.approx(100 * hits.double().mean().item())
-    loss = torch.nn.functional.cross_entropy(outputs, digits.test.labels).item()
+    correct = outputs.argmax(1) == digits.test.labels
+    assert torch.equal(result.correct, correct)
+    assert result.accuracy_percent == pytest.approx(100 * correct.double().mean().item())
+    loss = nn.functional.cross_entropy(outputs, digits.test.labels).item()
     assert result.loss == pytest.approx(loss, rel=1e-4)
 
 
 def test_training_without_files_is_the_same_training(start, few, compute, tmp_path):
-    other, settings = copy.deepcopy(start), replace(SETTINGS, epochs=2)
-    fine_tune(start, few, compute, _scenario(tmp_path), FACTS, settings)
-    train(other, few, compute, settings)
-    torch.testing.assert_close(dict(other.state_dict()), dict(start.state_dict()))
+    without_files, settings = copy.deepcopy(start), replace(SETTINGS, epochs=2)
+    fine_tune(start, few, compute, settings, _scenario(tmp_path), FACTS)
+    train(without_files, few, compute, settings)
+    torch.testing.assert_close(dict(without_files.state_dict()), dict(start.state_dict()))
 
 
 def test_weight_decay_is_that_of_adam(start, few, compute):
     expected = copy.deepcopy(start).train()
     step = TrainingStep(start.train(), few.train, compute, weight_decay=0.1)
     optimizer = torch.optim.Adam(expected.parameters(), lr=0.001, weight_decay=0.1)
+    unshifted = torch.tensor([[2, 2, 0]] * 8)  # the border is 2 pixels wide
     for first in (0, 8):
         chosen = torch.arange(first, first + 8)
-        step(chosen, torch.tensor([[2, 2, 0]] * 8), rate=0.001)  # moved back to where they were
+        step(chosen, unshifted, rate=0.001)
         inputs, labels = next(few.train.select(chosen).batches(8))
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(expected(inputs), labels).backward()
+        nn.functional.cross_entropy(expected(inputs), labels).backward()
         optimizer.step()
     torch.testing.assert_close(dict(start.state_dict()), dict(expected.state_dict()), rtol=1e-3, atol=1e-4)
 
 
-def test_no_epochs_leave_a_network_as_it_is_measured_and_saved(start, few, compute, tmp_path):
+def test_with_0_epochs_a_network_is_only_measured_and_saved(start, few, compute, tmp_path):
     scenario, weights = _scenario(tmp_path), copy.deepcopy(start.state_dict())
-    history, result = fine_tune(start, few, compute, scenario, FACTS, replace(SETTINGS, epochs=0))
+    history, result = fine_tune(start, few, compute, replace(SETTINGS, epochs=0), scenario, FACTS)
     assert history == []
     assert result.loss == evaluate(start, few.test, compute).loss
     assert [path.name for path in scenario.folder.iterdir()] == ["ResNet18_Digits_FT_final.pth"]
@@ -88,7 +94,7 @@ def test_no_epochs_leave_a_network_as_it_is_measured_and_saved(start, few, compu
 
 def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
     scenario = _scenario(tmp_path)
-    history, result = fine_tune(start, few, compute, scenario, FACTS, SETTINGS)
+    history, result = fine_tune(start, few, compute, SETTINGS, scenario, FACTS)
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6]
     assert set(history[0]) == {
         "epoch", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent", "learning_rate",
@@ -101,60 +107,80 @@ def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, co
         "ResNet18_Digits_FT_epoch5.pth",
         "ResNet18_Digits_FT_final.pth",
     ]
-    assert capsys.readouterr().out.count("test accuracy") == 6
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch ")]
+    assert len(printed) == 6
+    for line, epoch in zip(printed, history):
+        assert line.startswith(f"Epoch {epoch['epoch']}/6: train loss {epoch['train_loss']:.4f}, ")
+        assert f"test loss {epoch['test_loss']:.4f}, accuracy {epoch['test_accuracy_percent']:.2f}%" in line
     # The last epoch's network is the result, not the one that did best on the test images.
     saved = load_network(scenario.final)
     assert evaluate(saved, few.test, compute).loss == pytest.approx(history[-1]["test_loss"], rel=1e-4)
 
 
-def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(start, few, compute, tmp_path, monkeypatch):
-    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
-    expected, _ = fine_tune(whole, few, compute, _scenario(tmp_path / "whole"), FACTS, SETTINGS)
+def _with_dropout():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 10))
 
-    scenario = _scenario(tmp_path / "parts")
-    import cleanai.network.training
 
-    def interrupting(network, images, compute, title):
-        if title.startswith("Epoch 4"):
+@pytest.mark.parametrize("build", [lambda: resnet18_for_small_images(10), _with_dropout], ids=["ResNet18", "dropout"])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(build, few, compute, tmp_path, monkeypatch):
+    settings, facts = replace(SETTINGS, epochs=4), {**FACTS, "config": {"epochs": 4}}
+    whole = build()
+    parts = copy.deepcopy(whole)
+    expected, _ = fine_tune(whole, few, compute, settings, _scenario(tmp_path / "whole"), facts)
+
+    def evaluate_or_interrupt(network, images, compute, title):
+        if title.startswith("Epoch 3"):
             raise KeyboardInterrupt
         return evaluate(network, images, compute, title)
 
-    monkeypatch.setattr(cleanai.network.training, "evaluate", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        fine_tune(parts, few, compute, scenario, FACTS, SETTINGS)
-    monkeypatch.undo()
-    assert load_checkpoint(scenario.resume)["epoch"] == 3
+    scenario = _scenario(tmp_path / "parts")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "evaluate", evaluate_or_interrupt)
+        fine_tune(parts, few, compute, settings, scenario, facts)
+    assert load_checkpoint(scenario.resume)["epoch"] == 2
 
-    again = resnet18_for_small_images(10)  # a new process begins with other weights
-    history, _ = fine_tune(again, few, compute, scenario, FACTS, SETTINGS)
+    resumed = build()
+    for parameter in resumed.parameters():
+        parameter.data.fill_(7)  # a new process starts with other weights
+    torch.manual_seed(99)  # and with other random numbers
+    history, _ = fine_tune(resumed, few, compute, settings, scenario, facts)
     for name, tensor in whole.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in expected]
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    assert [epoch["train_loss"] for epoch in history] == [epoch["train_loss"] for epoch in expected]
     assert not scenario.resume.exists()
 
 
 def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_path):
-    scenario = _scenario(tmp_path)
-    first, result = fine_tune(start, few, compute, scenario, FACTS, SETTINGS)
+    scenario, settings = _scenario(tmp_path), replace(SETTINGS, epochs=1)
+    facts = {**FACTS, "config": {"epochs": 1}}
+    history, result = fine_tune(start, few, compute, settings, scenario, facts)
     written = scenario.final.stat().st_mtime_ns
     again = resnet18_for_small_images(10)
-    scenario.resume.write_bytes(b"left by a kill between the last two acts")
-    found, result_found = fine_tune(again, few, compute, scenario, FACTS, SETTINGS)
-    assert found == first
+    scenario.resume.write_bytes(b"of a run that was killed before its last line")
+    history_found, result_found = fine_tune(again, few, compute, settings, scenario, facts)
+    assert history_found == history
     assert result_found.accuracy_percent == result.accuracy_percent
     assert torch.equal(result_found.correct, result.correct)
     assert scenario.final.stat().st_mtime_ns == written
     assert not scenario.resume.exists()
     assert torch.equal(again.fc.weight, start.fc.weight)
-    with pytest.raises(UserError, match=r"was made with --epochs 6, and this run is with --epochs 7"):
-        fine_tune(again, few, compute, scenario, {**FACTS, "config": {"epochs": 7}}, replace(SETTINGS, epochs=7))
+    with pytest.raises(UserError, match=r"FT_final\.pth .*--epochs 1.*--epochs 2"):
+        fine_tune(again, few, compute, replace(SETTINGS, epochs=2), scenario, {**FACTS, "config": {"epochs": 2}})
 
 
-def test_a_loss_that_is_no_number_stops_the_training(start, few, compute, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_training(start, few, compute, tmp_path):
     start.fc.weight.data[0, 0] = float("nan")
-    expected = r"no longer a number in epoch 1, step 1 of 3, at a learning rate of 0\.00025: use a lower --lr"
+    expected = r"not finite in epoch 1, step 1 of 3, at a learning rate of 0\.00025: use a lower --lr"
     with pytest.raises(UserError, match=expected):
-        fine_tune(start, few, compute, _scenario(tmp_path), FACTS, SETTINGS)
+        fine_tune(start, few, compute, SETTINGS, _scenario(tmp_path), FACTS)
+    assert not _scenario(tmp_path).final.exists()
+
+
+def test_a_test_loss_that_is_not_finite_stops_the_training(start, few, compute, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *args: Evaluation(10.0, float("nan"), torch.zeros(20).bool()))
+    with pytest.raises(UserError, match=r"test loss is not finite after epoch 1: .*--lr"):
+        fine_tune(start, few, compute, SETTINGS, _scenario(tmp_path), FACTS)
     assert not _scenario(tmp_path).final.exists()
 
 
@@ -169,7 +195,7 @@ def test_the_order_of_the_data_does_not_depend_on_the_number_of_threads(start, d
         monkeypatch.setattr(TrainingStep, "__call__", step)
         torch.set_num_threads(threads)
         images = replace(digits, test=digits.test.select(torch.arange(20)), mirror=True).with_train_samples(999, seed=0)
-        fine_tune(start, images, compute, _scenario(tmp_path / str(threads)), FACTS, replace(SETTINGS, epochs=2))
+        fine_tune(start, images, compute, replace(SETTINGS, epochs=2), _scenario(tmp_path / str(threads)), FACTS)
         return [*drawn, images.train.pixels, images.repair_sample(99, 0).pixels, digits.calibration_split(99, 0)[1]]
 
     threads = torch.get_num_threads()
@@ -182,10 +208,13 @@ def test_the_order_of_the_data_does_not_depend_on_the_number_of_threads(start, d
 
 
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch before 2.3 scales gradients on CUDA alone")
-def test_float16_learns_with_scaled_gradients(start, few, compute):
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch before 2.3 scales gradients on CUDA alone")
+def test_float16_learns_with_scaled_gradients(few, compute):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
     compute = replace(compute, precision="float16")
-    step = TrainingStep(compute.place(start).train(), few.train, compute)
+    step = TrainingStep(compute.place(network).train(), few.train, compute)
     unmoved = torch.zeros(4, 3, dtype=torch.long)
     losses = [step(torch.arange(4), unmoved, rate=0.001)[0].item() for _ in range(10)]
-    assert losses[-1] < losses[0]  # the first steps only find a scale at which nothing overflows
+    assert losses[-1] < losses[0]  # the first steps only find a scale without overflow
     assert step.state_dict()["scaler"]["scale"] > 1

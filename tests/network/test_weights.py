@@ -1,6 +1,6 @@
-"""Weights that people bring: every form they come in, and what is refused."""
+"""The weights that a network starts from: every form of file, and what is refused."""
+
 import copy
-import json
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torchvision.models import googlenet, mobilenet_v2, resnet18, resnet34
 from cleanai import UserError
 from cleanai.network.models import build, save_network
 from cleanai.network.weights import load_weights
-from tests.scripts import SCRIPTS, fails, prepare, prune, run
+from cleanai.runtime.checkpoints import read_record
+from tests.helpers import SCRIPTS, fails, prepare, prune, run
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def published():
 
 @pytest.fixture
 def trained(published):
-    """The same network as ours, for 10 classes, with a stem and a classifier of its own."""
+    """A network like ours, for 10 classes, with other weights."""
     torch.manual_seed(8)
     network = build("ResNet18", 10)
     network.bn1.running_mean.fill_(0.5)
@@ -34,7 +35,7 @@ def _saved(content, path):
     return path
 
 
-def test_a_stem_of_7x7_gives_its_centre_and_another_classifier_leaves_ours(tmp_path, published):
+def test_of_a_7x7_stem_the_centre_is_used_and_another_classifier_is_not_loaded(tmp_path, published):
     network = build("ResNet18", 10)
     classifier = network.fc.weight.clone()
     assert load_weights(network, _saved(published, tmp_path / "w.pth"), "ResNet18") is False
@@ -63,7 +64,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_weights_file_is_read(form, trained, tmp_path):
+def test_every_form_of_weights_file_is_loaded(form, trained, tmp_path):
     FORMS[form](trained.state_dict(), tmp_path / form)
     network = build("ResNet18", 10)
     assert load_weights(network, tmp_path / form, "ResNet18") is True
@@ -73,14 +74,14 @@ def test_every_form_of_weights_file_is_read(form, trained, tmp_path):
         torch.testing.assert_close(network.state_dict()[name], tensor, **tolerance)
 
 
-def test_one_of_our_checkpoints_is_read(trained, tmp_path):
+def test_one_of_our_checkpoints_is_loaded(trained, tmp_path):
     save_network(tmp_path / "c.pth", trained, {"model": "ResNet18", "classes": ["a"], "config": {"state_dict": 1}})
     network = build("ResNet18", 10)
     assert load_weights(network, tmp_path / "c.pth", "ResNet18") is True
     assert torch.equal(network.fc.weight, trained.fc.weight)
 
 
-def test_other_networks_take_all_weights_but_another_classifier(tmp_path):
+def test_another_network_loads_all_weights_except_another_classifier(tmp_path):
     torch.manual_seed(3)
     expected = mobilenet_v2().state_dict()
     network = build("MobileNetV2", 3)
@@ -91,7 +92,7 @@ def test_other_networks_take_all_weights_but_another_classifier(tmp_path):
     assert all(torch.equal(loaded[name], expected[name]) for name in same)
 
 
-def test_extra_classifiers_for_training_are_left_out(tmp_path):
+def test_extra_classifiers_for_training_are_not_loaded(tmp_path):
     expected = googlenet(init_weights=False).state_dict()  # as published, with two of them
     network = build("GoogLeNet", 1000)
     assert load_weights(network, _saved(expected, tmp_path / "w.pth"), "GoogLeNet") is True
@@ -120,7 +121,7 @@ def _with(name, tensor):
         (lambda state: _Other(), "cannot be read as weights"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_touched(change, expected, trained, tmp_path):
+def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_changed(change, expected, trained, tmp_path):
     network = build("ResNet18", 10)
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(UserError, match=expected) as error:
@@ -146,34 +147,39 @@ def test_damaged_weights_are_refused(name, trained, tmp_path):
             load_weights(trained, tmp_path / name, "ResNet18")
 
 
-def test_a_trained_network_goes_straight_to_pruning_and_the_record_names_its_file(tmp_path):
-    first = prepare(tmp_path / "first", "--dataset", "Digits", "--epochs", "1")
-    assert first.returncode == 0, first.stderr
-    weights = tmp_path / "first" / "TS1" / "ResNet18_Digits_FT_final.pth"
-    taken = prepare(tmp_path / "own", "--dataset", "Digits", "--epochs", "0", "--weights", weights)
-    assert taken.returncode == 0, taken.stderr
-    records = [
-        json.loads((tmp_path / run / "TS1" / "TS1_ResNet18_Digits.json").read_text(encoding="utf-8"))
-        for run in ("first", "own")
-    ]
-    assert records[1]["models"]["after"] == records[1]["models"]["before"] == records[0]["models"]["after"]
-    assert records[1]["config"]["weights"] == weights.name
-    pruned = prune(SCRIPTS[2], tmp_path / "own", "--dataset", "Digits", "--epochs", "1")
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder in which script 1 has trained a network."""
+    folder = tmp_path_factory.mktemp("prepared")
+    result = prepare(folder, "--dataset", "Digits", "--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    return folder / "TS1"
+
+
+def test_a_trained_network_is_pruned_without_more_training_and_its_file_is_named(prepared, tmp_path):
+    weights = prepared / "ResNet18_Digits_FT_final.pth"
+    untrained = prepare(tmp_path, "--dataset", "Digits", "--epochs", "0", "--weights", weights)
+    assert untrained.returncode == 0, untrained.stderr
+    first, own = (read_record(folder / "TS1_ResNet18_Digits.json") for folder in (prepared, tmp_path / "TS1"))
+    assert own["models"]["after"] == own["models"]["before"] == first["models"]["after"]
+    assert own["config"]["weights"] == weights.name
+    pruned = prune(SCRIPTS[2], tmp_path, "--dataset", "Digits", "--epochs", "1")
     assert pruned.returncode == 0, pruned.stderr
-    digest = records[1]["config"]["weights_sha256"]
+    digest = own["config"]["weights_sha256"]
     assert f"Original network: from {weights.name} ({digest[:8]}…), 0 epochs" in pruned.stdout
 
-    other = prepare(tmp_path / "other", "--dataset", "Digits", "--epochs", "1", "--seed", "1")
-    assert other.returncode == 0, other.stderr
-    others = tmp_path / "other" / "TS1" / "ResNet18_Digits_FT_final.pth"
-    again = prepare(tmp_path / "own", "--dataset", "Digits", "--epochs", "0", "--weights", others)
-    fails(again, "another file called ResNet18_Digits_FT_final.pth")
+    # Another file of the same name.
+    other = tmp_path / "other" / weights.name
+    other.parent.mkdir()
+    save_network(other, build("ResNet18", 10), {})
+    again = prepare(tmp_path, "--dataset", "Digits", "--epochs", "0", "--weights", other)
+    fails(again, f"another file called {weights.name}")
 
 
 @pytest.mark.parametrize(
-    ("weights", "expected"), [("missing.pth", "neither imagenet, none, nor a file"), ("other.pth", "does not fit")]
+    ("weights", "expected"), [("missing.pth", "neither imagenet, none, nor a file"), ("other.pth", "conv1.weight")]
 )
-def test_weights_are_looked_at_before_any_work(weights, expected, tmp_path):
+def test_weights_are_checked_before_any_work(weights, expected, tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     out = tmp_path / "out"
     result = run(SCRIPTS[0], "--dataset", "Digits", "--weights", tmp_path / weights, "--checkpoints-dir", out)
@@ -181,18 +187,16 @@ def test_weights_are_looked_at_before_any_work(weights, expected, tmp_path):
     assert not out.exists()
 
 
-def test_no_epochs_need_a_classifier(tmp_path, published):
+def test_with_0_epochs_the_weights_must_include_a_classifier(tmp_path, published):
     _saved(published, tmp_path / "w.pth")
     options = ["--dataset", "Digits", "--epochs", "0", "--checkpoints-dir", tmp_path / "out"]
-    fails(run(SCRIPTS[0], *options, "--weights", tmp_path / "w.pth"), "--epochs 1", "classifier")
+    fails(run(SCRIPTS[0], *options, "--weights", tmp_path / "w.pth"), "w.pth", "--epochs 1", "classifier")
     fails(run(SCRIPTS[0], *options, "--weights", "none"), "--epochs", "--weights")
     assert not (tmp_path / "out").exists()
 
 
-def test_starting_over_never_deletes_the_weights_it_starts_from(tmp_path):
-    first = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1")
-    assert first.returncode == 0, first.stderr
-    weights = tmp_path / "TS1" / "ResNet18_Digits_FT_final.pth"
-    result = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1", "--weights", weights, "--fresh")
+def test_fresh_never_deletes_the_weights_that_it_starts_from(prepared):
+    weights = prepared / "ResNet18_Digits_FT_final.pth"
+    result = prepare(prepared.parent, "--dataset", "Digits", "--epochs", "1", "--weights", weights, "--fresh")
     fails(result, weights.name, "--fresh")
     assert weights.exists()

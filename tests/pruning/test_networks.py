@@ -1,4 +1,5 @@
 """Networks of torchvision, each pruned by a fifth."""
+
 import copy
 
 import pytest
@@ -6,10 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
-from cleanai.data.images import ImageSet
 from cleanai.network.models import give_shapes
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from tests.helpers import parameter_count, random_images, torch_macs
 
 # One of each kind in every run: residual, depthwise with squeeze-and-excitation, concatenating, grouped.
 NETWORKS = ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "regnet_x_400mf"]
@@ -26,44 +27,33 @@ def _build(name):
     return getattr(torchvision.models, name)(weights=None, num_classes=10, **options).eval()
 
 
-def _macs(network):
-    flop_counter = pytest.importorskip("torch.utils.flop_counter")  # since PyTorch 2.1
-    with flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, SIDE, SIDE))
-    return counter.get_total_flops() / 2
-
-
-def _parameters(network):
-    return sum(p.numel() for p in network.parameters())
-
-
 def _kept_inputs(cut, original):
-    """Which inputs of each of its groups a layer kept, found by looking its weights up in those of the unpruned layer.
+    """The inputs of each of its groups that a layer kept, found by searching its weights in the unpruned layer.
 
-    Nothing of how channels were chosen and mapped is used: random weights tell where they come from, the few that
-    occur twice being outvoted.
+    This uses nothing of how channels were chosen: random weights show their origin. Few weights occur twice, and the
+    most frequent answer of several rows decides.
     """
     before, after = (layer.weight.reshape(*layer.weight.shape[:2], -1)[..., 0] for layer in (original, cut))
     places = []
     for row in after[:5]:
-        signs = row[[0, len(row) // 2, -1]]
-        (origin,) = torch.stack([(before == sign).any(1) for sign in signs]).all(0).nonzero().flatten()[:1]
+        samples = row[[0, len(row) // 2, -1]]
+        (origin,) = torch.stack([(before == sample).any(1) for sample in samples]).all(0).nonzero().flatten()[:1]
         values, order = before[origin].sort()
         places.append(order[torch.searchsorted(values, row.contiguous())])
     return torch.stack(places).mode(0).values
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
-def test_a_fifth_goes_and_only_the_removed_channels_are_missed(name, compute):
+def test_a_fifth_is_removed_with_the_effect_of_zeroing_its_channels(name, compute):
     network = _build(name)
     original = copy.deepcopy(network)
-    pixels = torch.randint(0, 256, (16, 3, SIDE, SIDE), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.arange(16) % 10, torch.full((3,), 0.5), torch.full((3,), 0.3))
-    _, unrepaired = prune_to_budget(network, WandaImportance(), images, images, compute, 0.2, 0.2, 1, batch_size=8)
-    assert abs(100 * (1 - _parameters(network) / _parameters(original)) - 20) <= 0.1
-    assert 20 <= 100 * (1 - _macs(network) / _macs(original)) <= 20.5
+    images = random_images(16, SIDE)
+    settings = PruneSettings(0.2, 0.2, steps=1, batch_size=8)
+    _, unrepaired = prune_to_budget(network, WandaImportance(), PruneImages(images, images), compute, settings)
+    assert abs(100 * (1 - parameter_count(network) / parameter_count(original)) - 20) <= 0.1
+    assert 20 <= 100 * (1 - torch_macs(network, SIDE) / torch_macs(original, SIDE)) <= 20.5
 
-    # It is rebuilt from its own shapes, without the pruner.
+    # A network with its shapes can be built without the pruner.
     rebuilt = _build(name)
     give_shapes(rebuilt, network.state_dict())
     rebuilt.load_state_dict(network.state_dict())
@@ -74,7 +64,7 @@ def test_a_fifth_goes_and_only_the_removed_channels_are_missed(name, compute):
         assert outputs.isfinite().all()
         assert torch.equal(rebuilt(inputs), outputs)
 
-    # Without repair it does what the unpruned network does with the removed channels silenced.
+    # Without repair its outputs are those of the unpruned network with the removed channels set to zero.
     hooks = []
     for layer, cut in zip(original.modules(), unrepaired.modules()):
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and cut.weight.shape[1] < layer.weight.shape[1]:
@@ -83,10 +73,10 @@ def test_a_fifth_goes_and_only_the_removed_channels_are_missed(name, compute):
             assert kept.sum() == cut.weight.shape[1]
             kept = kept.repeat(getattr(layer, "groups", 1))
 
-            def silence(layer, args, kept=kept):
+            def zero_removed(layer, args, kept=kept):
                 return args[0] * (kept if isinstance(layer, nn.Linear) else kept[:, None, None])
 
-            hooks.append(layer.register_forward_pre_hook(silence))
+            hooks.append(layer.register_forward_pre_hook(zero_removed))
     assert hooks
     with torch.inference_mode():
         expected = original.double()(inputs.double())

@@ -7,6 +7,7 @@ from torch import nn
 
 from cleanai.pruning.groups import find_groups
 from cleanai.pruning.widths import Budget, Costs, allowed_cuts, choose_cuts
+from tests.helpers import parameter_count, torch_macs
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -19,13 +20,6 @@ def _network(widths=(16, 16, 16)):
         nn.ConvTranspose2d(a, b, 2, stride=2, bias=False), nn.ReLU(), nn.Conv2d(b, c, 3, groups=2, stride=4), nn.ReLU(),
         nn.Flatten(), nn.Linear(c * 16, 10),
     )  # fmt: skip
-
-
-def _macs(network):
-    flop_counter = pytest.importorskip("torch.utils.flop_counter")  # since PyTorch 2.1
-    with flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(EXAMPLE)
-    return counter.get_total_flops() / 2
 
 
 def _groups(network):
@@ -43,14 +37,14 @@ def test_costs_are_exact_for_every_kind_of_layer():
     for widths in ((16, 16, 16), (8, 16, 16), (16, 10, 16), (16, 16, 6), (4, 6, 2)):
         narrow = _network(widths)
         removed = 16 - torch.tensor(widths, dtype=torch.float64)
-        expected = [sum(p.numel() for p in narrow.parameters()), _macs(narrow)]
+        expected = [parameter_count(narrow), torch_macs(narrow, 8)]
         assert costs(removed).tolist() == pytest.approx(expected)
     both = costs(torch.tensor([[0.0, 0, 0], [8, 0, 0]], dtype=torch.float64))
     assert torch.equal(both[0], costs.now)
 
 
-def test_what_can_go_leaves_multiples_and_the_least():
-    single, _, double = _groups(_network())  # the third is made by a convolution of two groups
+def test_allowed_cuts_keep_a_multiple_and_the_least_width():
+    single, _, double = _groups(_network())  # a convolution of two groups produces the third
     assert (single.units, double.units) == (16, 8)
     assert allowed_cuts(single, least=2, round_to=8) == [0, 8]
     assert allowed_cuts(single, least=10, round_to=1) == [0, 1, 2, 3, 4, 5, 6]
@@ -59,24 +53,25 @@ def test_what_can_go_leaves_multiples_and_the_least():
 
 
 @pytest.mark.parametrize("shares", [(0.2, 0.2), (0.3, None), (None, 0.4), (0.3, 0.45)])
-def test_the_choice_meets_the_budget_nearly_as_cheaply_as_any(shares):
+def test_the_chosen_cuts_meet_the_budget_at_nearly_the_least_loss(shares):
     groups, costs = _costs(_network((24, 24, 24)))
     cuts = [allowed_cuts(group, least=4, round_to=1) for group in groups]
     generator = torch.Generator().manual_seed(0)
     losses = [torch.rand(len(cut), generator=generator).cumsum(0) for cut in cuts]
     budget = Budget.removing(costs.now, *shares)
-    # Wider windows, so that this small network has several choices.
+    # A wider range, so that this small network has several choices.
     budget.low -= costs.now * 0.02
     removed = choose_cuts(costs, cuts, losses, budget)
     assert budget.missed(costs(removed), costs.now) == 0
-    lost = sum(loss[cut.index(int(count))] for loss, cut, count in zip(losses, cuts, removed))
-    rows = torch.tensor(list(itertools.product(*cuts)), dtype=torch.float64)
-    fits = budget.missed(costs(rows), costs.now) == 0
-    each = torch.tensor([sum(sum_) for sum_ in itertools.product(*(loss.tolist() for loss in losses))])
-    assert lost <= each[fits].min() * 1.001
+    loss = sum(row[cut.index(int(count))] for row, cut, count in zip(losses, cuts, removed))
+    # Against all choices.
+    choices = torch.tensor(list(itertools.product(*cuts)), dtype=torch.float64)
+    in_budget = budget.missed(costs(choices), costs.now) == 0
+    loss_of_each = torch.tensor([sum(parts) for parts in itertools.product(*(row.tolist() for row in losses))])
+    assert loss <= loss_of_each[in_budget].min() * 1.001
 
 
-def test_a_budget_is_a_window_around_what_is_asked():
+def test_a_budget_is_a_range_around_the_requested_shares():
     before = torch.tensor([1000.0, 2000.0], dtype=torch.float64)
     budget = Budget.removing(before, 0.2, 0.3)
     assert budget.low.tolist() == pytest.approx([799, 1390])
@@ -87,8 +82,8 @@ def test_a_budget_is_a_window_around_what_is_asked():
     assert (free.low[0], free.high[0]) == (-math.inf, math.inf)
 
 
-def test_among_many_groups_the_choice_is_near_the_best_there_can_be():
-    """Sixty groups, costs in proportion to their channels, losses to their squares: the optimum is known."""
+def test_with_many_groups_the_chosen_cuts_are_near_the_optimum():
+    """Sixty groups, whose costs are linear in the removed channels and whose losses are quadratic: a known optimum."""
     shares = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)).double()
     shares /= shares.sum(0)
 
@@ -105,9 +100,9 @@ def test_among_many_groups_the_choice_is_near_the_best_there_can_be():
     budget = Budget.removing(costs.now, 0.3, 0.4)
     removed = choose_cuts(costs, cuts, losses, budget)
     assert budget.missed(costs(removed), costs.now) == 0
-    # Least squares under two equations, without blocks and bounds: no choice can lose less.
+    # Least squares under two equations, without blocks and bounds: no choice has a smaller loss.
     spread = shares / weights[:, None]
     target = torch.tensor([0.3 - 0.001, 0.4], dtype=torch.float64)
     best = target @ torch.linalg.solve(shares.T @ spread, target)
-    lost = (weights * (removed / 100) ** 2).sum()
-    assert best * 0.999 <= lost <= best * 1.011  # the search alone, from nothing, ends above
+    loss = (weights * (removed / 100) ** 2).sum()
+    assert best * 0.999 <= loss <= best * 1.011  # a search without the start by exchange rate does not reach this

@@ -1,6 +1,5 @@
+import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,17 +7,25 @@ import torch
 from cleanai import UserError
 from cleanai.network.models import load_network, save_network
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.checkpoints import (
     find_checkpoint,
     find_record,
     load_checkpoint,
+    read_record,
     save_checkpoint,
     write_record,
 )
 from cleanai.runtime.files import write_bytes
+from tests.helpers import ended, started
 
-FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 4, "seed": 0}}
+FACTS = {
+    "model": "ResNet18",
+    "dataset": "Digits",
+    "classes": list("0123456789"),
+    "image_size": [16, 16],
+    "config": {"epochs": 4, "seed": 0},
+}
 
 
 def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
@@ -33,15 +40,81 @@ def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
     assert find_checkpoint(tmp_path / "none.pth", {}) is None
 
 
+def test_another_fine_tuned_model_and_other_conditions_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"config": {"fine_tuned_model": "1", "conditions": "float32, 3 images"}})
+    for other in ({"fine_tuned_model": "2"}, {"conditions": "bfloat16, 3 images"}):
+        with pytest.raises(UserError, match=r"a\.pth was made .*start over with --fresh"):
+            find_checkpoint(path, {"fine_tuned_model": "1", "conditions": "float32, 3 images", **other})
+
+
 def test_a_record_survives_and_refuses_like_a_checkpoint(tmp_path):
     path = tmp_path / "deep" / "Çalışma.json"
-    write_record(path, {"config": {"lr": 0.1}, "x": "ğ"})
-    assert find_record(path, {"lr": 0.1})["x"] == "ğ"
+    record = {"config": {"lr": 0.1}, "x": "ğ", "numbers": [1, 0.1, 1e-7, None, True]}
+    write_record(path, record)
+    assert find_record(path, {"lr": 0.1}) == record
     with pytest.raises(UserError, match=r"--lr 0\.1"):
         find_record(path, {"lr": 0.2})
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="is damaged"):
-        find_record(path, {"lr": 0.1})
+    assert read_record(tmp_path / "none.json") is None
+
+
+def test_a_record_with_a_number_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_record(tmp_path / "a.json", {"accuracy_percent": float("nan")})
+    assert not any(tmp_path.iterdir())
+
+
+def _edited(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["models"]["accuracy_percent"] = 99.0
+    return json.dumps(content, indent=1).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        _edited,
+        lambda path: path.read_bytes()[:-20],
+        lambda path: path.read_bytes().replace(b"91.5", b"91.6"),
+        lambda path: path.read_bytes().replace(b'"sha256"', b'"sha255"'),
+        lambda path: b'{"config": {}}',
+        lambda path: b'{"config": 3, "sha256": null}',
+        lambda path: b"[1]",
+        lambda path: b"",
+        lambda path: b"\0",
+        lambda path: b"\xff",
+        lambda path: b"[" * 100_000,
+    ],
+)
+def test_a_record_that_was_edited_or_damaged_is_named(tmp_path, damaged):
+    path = tmp_path / "x.json"
+    write_record(path, {"config": {}, "models": {"accuracy_percent": 91.5}})
+    path.write_bytes(damaged(path))
+    with pytest.raises(UserError, match=r"x\.json is damaged or was edited: delete it") as error:
+        read_record(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_written_with_other_spaces_is_the_same(tmp_path):
+    path = tmp_path / "x.json"
+    write_record(path, {"config": {}, "x": "ğ"})
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    assert read_record(path) == {"config": {}, "x": "ğ"}
+
+
+def test_a_missing_entry_is_named_with_its_file(tmp_path):
+    checkpoint, record = tmp_path / "a.pth", tmp_path / "a.json"
+    save_checkpoint(checkpoint, {"config": {"lr": 0.1}})
+    write_record(record, {"models": [{"loss": 0.3}]})
+    for path, entry in (
+        (checkpoint, lambda: load_checkpoint(checkpoint)["classes"]),
+        (checkpoint, lambda: load_checkpoint(checkpoint)["config"]["classes"]),
+        (record, lambda: read_record(record)["classes"]),
+        (record, lambda: read_record(record)["models"][0]["classes"]),
+    ):
+        with pytest.raises(UserError) as error:
+            entry()
+        assert str(error.value).startswith(f'{path} has no "classes": ')
 
 
 @pytest.mark.parametrize("kept", [0, 1, 1000, -1])
@@ -49,14 +122,14 @@ def test_a_truncated_checkpoint_is_named(tmp_path, kept):
     path = tmp_path / "a.pth"
     save_checkpoint(path, {"state_dict": {"w": torch.randn(5000)}})
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"a\.pth is damaged or not a checkpoint of this project"):
+    with pytest.raises(UserError, match=r"a\.pth is damaged or not a checkpoint of this project: delete it"):
         load_checkpoint(path)
 
 
 def test_a_foreign_file_is_named(tmp_path):
     path = tmp_path / "foreign.pth"
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match=r"foreign\.pth is damaged or not a checkpoint"):
+    with pytest.raises(UserError, match=r"foreign\.pth is damaged"):
         load_checkpoint(path)
 
 
@@ -93,7 +166,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network, digits, compute):
     images = digits.test.select(torch.arange(32))
-    prune_to_budget(network, WandaImportance(), images, images, compute, 0.2, 0.2, steps=1, batch_size=32)
+    settings = PruneSettings(0.2, 0.2, steps=1, batch_size=32)
+    prune_to_budget(network, WandaImportance(), PruneImages(images, images), compute, settings)
     path, outputs = tmp_path / "n.pth", tmp_path / "o.pth"
     save_network(path, network, FACTS)
     program = (
@@ -102,7 +176,9 @@ def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path,
         "torch.manual_seed(1); x = torch.randn(4, 3, 16, 16)\n"
         "torch.save(load_network(Path(sys.argv[1]))(x).detach(), sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", program, str(path), str(outputs)], check=True)
+    with started(["-c", program, path, outputs]) as process:
+        result = ended(process)
+    assert result.returncode == 0, result.stderr
     torch.manual_seed(1)
     with torch.no_grad():
         expected = network(torch.randn(4, 3, 16, 16))
@@ -121,5 +197,5 @@ def test_subnormal_weights_are_saved_as_zeros(tmp_path, network):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     path = tmp_path / "n.pth"
     save_checkpoint(path, {**FACTS, "state_dict": {"conv1.weight": torch.zeros(1)}})
-    with pytest.raises(UserError, match="does not hold a ResNet18"):
+    with pytest.raises(UserError, match=r"n\.pth .*ResNet18"):
         load_network(path)

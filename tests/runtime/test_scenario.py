@@ -1,10 +1,13 @@
-"""Names and paths, against the scenario's own page."""
+"""Names and paths, against the user's specification."""
+
+import runpy
 from pathlib import Path
 
 import pytest
 
 from cleanai import UserError
-from cleanai.runtime.scenario import Scenario
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, SCRIPTS_DIR, Scenario
+from tests.helpers import SCRIPTS, SWEEP
 
 
 def scenario(method=""):
@@ -33,25 +36,44 @@ def test_files_of_the_pruning_scripts(method, tag):
     assert files.record == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.json"
 
 
+@pytest.mark.parametrize("method", ["Comparison", "Sweep"])
+def test_files_of_the_comparison_and_the_sweep(method):
+    files = scenario(method)
+    folder = Path(f"checkpoints/TS1_{method}_ResNet18_CIFAR10/reports")
+    for path, end in ((files.record, ".json"), (files.table, ".csv"), (files.report, ".pdf")):
+        assert path == folder / f"TS1_{method}_ResNet18_CIFAR10{end}"
+    assert files.resume == folder / f"TS1_{method}_ResNet18_CIFAR10_resume.json"
+
+
+@pytest.mark.parametrize("method", ["", "Coverage", "Wanda", "Comparison", "Sweep"])
+def test_every_script_has_a_lock_of_its_own(method):
+    assert scenario(method).lock == Path(f"checkpoints/.locks/{scenario(method).name}.lock")
+
+
 def test_starting_over_removes_only_what_the_script_made(tmp_path):
     first = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path)
-    second = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Coverage")
+    second, sweep = first.of("Coverage"), first.of("Sweep")
     own = [second.pruned, second.epoch(5), second.epoch(10), second.final, second.resume, second.record, second.report]
     own.append(second.exported)
-    others = [first.pretrained, first.epoch(5), first.final, second.folder / "notes.txt"]
-    for path in own + others:
+    of_sweep = [sweep.record, sweep.report, sweep.table, sweep.resume]
+    others = [first.pretrained, first.epoch(5), first.final, second.folder / "notes.txt", sweep.folder / "notes.txt"]
+    for path in own + of_sweep + others:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     second.remove_outputs()
     assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others + of_sweep)
+    sweep.remove_outputs()
+    assert not any(path.exists() for path in of_sweep)
     assert all(path.exists() for path in others)
 
 
-@pytest.mark.parametrize("method", ["", "Coverage", "Wanda"])
+@pytest.mark.parametrize("method", ["", "Coverage", "Wanda", "Comparison", "Sweep"])
 def test_names_hold_nothing_that_windows_forbids(method):
     files = Scenario("TS1", "ResNet18", "Çiçekler-2", Path("c"), method)
-    paths = [files.final, files.resume, files.epoch(5), files.record, files.lock, files.fine_tuned, files.pretrained]
-    paths += [files.pruned, files.report] if method else []
+    paths = [files.resume, files.record, files.lock, files.fine_tuned, files.pretrained, files.report, files.table]
+    paths += [files.final, files.epoch(5)] if method not in ("Comparison", "Sweep") else []
+    paths += [files.pruned] if method in ("Coverage", "Wanda") else []
     for part in {part for path in paths for part in path.parts[1:]}:
         assert not set(part) & set('<>:"/\\|?*'), part
         assert part.split(".")[0].upper() not in {"CON", "PRN", "AUX", "NUL", "COM1", "LPT1"}
@@ -62,20 +84,47 @@ def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, mo
     monkeypatch.setattr("cleanai.runtime.scenario.CHECKPOINTS_DIR", tmp_path)
     files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")
     with pytest.raises(UserError) as error:
-        files.require_fine_tuned("TS1_01_prepare_model.py", tmp_path)
+        files.require_fine_tuned(tmp_path)
     assert str(error.value) == (
-        f"Fine-tuned model not found: {files.fine_tuned}. "
-        "Run first: python test_scenarios/TS1_01_prepare_model.py"
+        f"Fine-tuned model not found: {files.fine_tuned}. Run first: python test_scenarios/TS1_01_prepare_model.py"
     )
 
 
 def test_a_command_holds_all_settings():
     config = {
         "dataset": "Digits", "ratio": None, "macs_ratio": 0.3, "train_samples": None, "coverage_metric": "frequency",
-        "some_flag": True, "other_flag": False, "fine_tuned_model": "0" * 16, "conditions": "float32, 3 images",
+        "round_to": [16, 8], "fine_tuned_model": "0" * 16, "conditions": "float32, 3 images",
     }  # fmt: skip
     files = Scenario("TS1", "ResNet18", "Digits", Path("Çalışma dosyaları"), "Coverage")
-    assert files.command("a.py", config) == (
-        'python test_scenarios/a.py --dataset Digits --checkpoints-dir "Çalışma dosyaları" '
-        "--ratio none --macs-ratio 0.3 --coverage-metric frequency --some-flag"
+    assert files.command(config) == (
+        'python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --checkpoints-dir "Çalışma dosyaları" '
+        "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8"
     )
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, SWEEP])
+def test_a_command_names_the_script_of_its_method(script):
+    method = runpy.run_path(str(SCRIPTS_DIR / script)).get("METHOD", "")
+    files = Scenario("TS1", "ResNet18", "CIFAR10", CHECKPOINTS_DIR, method)
+    assert files.command() == f"python test_scenarios/{script}"
+
+
+def test_a_command_finds_a_copied_script_by_its_scenario_and_method(tmp_path, monkeypatch):
+    monkeypatch.setattr("cleanai.runtime.scenario.SCRIPTS_DIR", tmp_path)
+    for name in ("TS1_02_coverage_pruning.py", "TS2_07_coverage_of_pets.py", "TS2_08_wanda_of_pets.py"):
+        (tmp_path / name).write_text('SETTINGS = {"dataset": "Pets"}', encoding="utf-8")
+    for dataset, option in (("Pets", ""), ("CIFAR10", " --dataset CIFAR10")):
+        files = Scenario("TS2", "ResNet18", dataset, CHECKPOINTS_DIR, "Coverage")
+        assert files.command() == f"python test_scenarios/TS2_07_coverage_of_pets.py{option}"
+
+
+@pytest.mark.parametrize("method", ["", "Coverage", "Wanda", "Comparison", "Sweep"])
+def test_a_file_that_a_script_deletes_is_refused_as_its_own_weights(tmp_path, method):
+    files = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, method)
+    own = [files.record, files.resume] + (
+        [files.final, files.epoch(5)] if method not in ("Comparison", "Sweep") else []
+    )
+    for path in own:
+        with pytest.raises(UserError, match=f"{path.name} is a file that this script writes"):
+            files.refuse_own_file(path)
+    files.refuse_own_file(tmp_path / files.record.name)

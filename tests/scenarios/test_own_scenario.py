@@ -1,43 +1,67 @@
-"""A scenario of one's own, made as test_scenarios/README.md says: copies of the scripts with other constants."""
-import json
-import os
-import subprocess
-import sys
+"""A scenario of one's own, made as test_scenarios/README.md says: copies of the scripts with other settings."""
+
+import re
 
 import pytest
-from pypdf import PdfReader
 
 from cleanai.network.models import load_network
-from cleanai.runtime.scenario import PROJECT
-from tests.conftest import make_image_folder
+from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.scenario import SCRIPTS_DIR
+from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, make_image_folder, pdf_text, started
 
-CHANGES = {"TS1": "TS2", 'MODEL = "ResNet18"': 'MODEL = "MobileNetV2"', 'DATASET = "CIFAR10"': 'DATASET = "Pets"'}
+CHANGES = {
+    'SCENARIO = "TS1"': 'SCENARIO = "TS2"',
+    'MODEL = "ResNet18"': 'MODEL = "MobileNetV2"',
+    '"dataset": "CIFAR10"': '"dataset": "Pets"',
+}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A folder in which the four copied scripts have run, and what they printed."""
+def copies(tmp_path_factory):
+    """The copied scripts, by the names of those they were copied from."""
     folder = tmp_path_factory.mktemp("own")
+    copies = {}
+    for script in (*SCRIPTS, COMPARE, SWEEP):
+        text = (SCRIPTS_DIR / script).read_text(encoding="utf-8")
+        for before, after in CHANGES.items():
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        copies[script] = folder / script.replace("TS1", "TS2")
+        copies[script].write_text(text, encoding="utf-8")
+    return copies
+
+
+@pytest.fixture(scope="module")
+def own(copies, tmp_path_factory):
+    """A folder in which the first four of them have run, and what they printed."""
+    folder = tmp_path_factory.mktemp("own-run")
     make_image_folder(folder / "images" / "Pets", size=(32, 32), per_class=8)
     printed = []
-    for script in sorted((PROJECT / "test_scenarios").glob("TS1_0[1-4]_*.py")):
-        text = script.read_text(encoding="utf-8")
-        for before, after in CHANGES.items():
-            assert before in text
-            text = text.replace(before, after)
-        copy = folder / "test_scenarios" / script.name.replace("TS1", "TS2")
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text(text, encoding="utf-8")
+    for script in (*SCRIPTS, COMPARE):
         options = ["--checkpoints-dir", folder / "out"]
-        if "_04_" not in copy.name:
+        if script != COMPARE:
             options += ["--data-dir", folder / "images", "--epochs", "1", "--batch-size", "4"]
-            options += ["--weights", "none"] if "_01_" in copy.name else ["--steps", "1", "--calibration-batches", "2"]
-        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, str(copy), *map(str, options)]
-        result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+            few = ["--steps", "1", "--calibration-batches", "2"]
+            options += ["--weights", "none"] if script == SCRIPTS[0] else few
+        with started([copies[script], *options]) as process:
+            result = ended(process)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
     return folder / "out", printed
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, COMPARE, SWEEP])
+def test_its_help_names_its_own_scenario_model_dataset_and_file(copies, script):
+    with started([copies[script], "--help"]) as process:
+        text = ended(process).stdout
+    assert text.startswith(f"usage: {copies[script].name} ")
+    assert "\nTS2, MobileNetV2. Script " in text
+    commands = re.findall(r"python test_scenarios/(\S+)", text)
+    assert len(commands) >= 2
+    assert set(commands) == {copies[script].name}
+    assert re.search(r"--dataset DATASET .*?\(default:\s+Pets\)", text, flags=re.DOTALL)
+    for word in ("TS1", "ResNet18", "(default: CIFAR10)"):
+        assert word not in " ".join(text.split())
 
 
 def test_its_files_are_named_as_the_rules_say(own):
@@ -50,21 +74,22 @@ def test_its_files_are_named_as_the_rules_say(own):
         expected += [f"{name}/reports/{name}.{suffix}" for suffix in ("json", "pdf")]
     name = "TS2_Comparison_MobileNetV2_Pets"
     expected += [f"{name}/reports/{name}.{suffix}" for suffix in ("csv", "json", "pdf")]
-    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == sorted(expected)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert sorted(path.relative_to(folder).as_posix() for path in files) == sorted(expected)
 
 
 @pytest.mark.parametrize(("method", "tag"), [("Coverage", "NC"), ("Wanda", "W")])
-def test_a_fifth_of_its_network_went_and_the_record_says_so(own, method, tag):
+def test_a_fifth_of_its_network_was_removed_and_the_record_says_so(own, method, tag):
     folder, _ = own
     name = f"TS2_{method}_MobileNetV2_Pets"
-    record = json.loads((folder / name / "reports" / f"{name}.json").read_text(encoding="utf-8"))
+    record = read_record(folder / name / "reports" / f"{name}.json")
     assert record["scenario"] == name
     assert record["models"]["original"]["parameters"] == 2_223_872 + 1281 * 2
     assert abs(record["summary"]["parameter_reduction_percent"] - 20) <= 0.1
     network = load_network(folder / name / f"MobileNetV2_Pets_FTAP_{tag}_final.pth")
     assert sum(p.numel() for p in network.parameters()) == record["models"]["fine_tuned"]["parameters"]
     assert type(network).__name__ == "MobileNetV2"
-    text = "".join(page.extract_text() for page in PdfReader(folder / name / "reports" / f"{name}.pdf").pages)
+    text = pdf_text((folder / name / "reports" / f"{name}.pdf").read_bytes())
     assert name in text and "features.18.0" in text
 
 

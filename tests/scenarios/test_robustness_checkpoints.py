@@ -1,8 +1,8 @@
-"""Checkpoints travel between people: what is damaged, forged or of something else is refused in one line."""
+"""Checkpoints travel between people: damaged, forged and unsuitable ones are refused in one line."""
+
 import copy
 import io
 import os
-import subprocess
 import sys
 import zipfile
 
@@ -13,11 +13,18 @@ from cleanai import UserError
 from cleanai.network.models import load_network, resnet18_for_small_images, save_network
 from cleanai.network.training import TrainSettings, fine_tune
 from cleanai.network.training_step import TrainingStep
-from cleanai.runtime.checkpoints import find_record, load_checkpoint, save_checkpoint
+from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.runtime.scenario import Scenario
+from tests.helpers import ended, started
 
 SEED = int(os.environ.get("CLEANAI_TEST_SEED", "0"))
-FACTS = {"model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "config": {"epochs": 4, "seed": 0}}
+FACTS = {
+    "model": "ResNet18",
+    "dataset": "Digits",
+    "classes": list("0123456789"),
+    "image_size": [16, 16],
+    "config": {"epochs": 4, "seed": 0},
+}
 # Reads damaged copies of a checkpoint, by a seed, and prints how many were refused and how many read the same. The
 # address space may grow by twice the file (and 16 MiB, for what Python and the allocator keep) once it was read whole.
 FUZZ = """
@@ -80,10 +87,8 @@ def small(tmp_path_factory):
 
 
 def _fuzz(path, count):
-    result = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(path), str(count), str(SEED)],
-        capture_output=True, encoding="utf-8", timeout=1200,
-    )  # fmt: skip
+    with started(["-c", FUZZ, path, count, SEED]) as process:
+        result = ended(process)
     assert result.returncode == 0, result.stderr
     refused, identical = map(int, result.stdout.split())
     assert refused + identical == count
@@ -96,19 +101,21 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="memory is limit
 
 @needs_proc
 def test_damaged_checkpoints_are_refused_or_read_the_same(small, capsys):
-    told = _fuzz(small, 150)
+    counts = _fuzz(small, 150)
     with capsys.disabled():
-        print(told)
+        print(counts)
 
 
 @needs_proc
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_thousand_damaged_checkpoints(small):
     print(_fuzz(small, 1000))
 
 
 @needs_proc
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_damaged_checkpoints_of_full_size(network, tmp_path):
     save_network(tmp_path / "full.pth", network, FACTS)
     print(_fuzz(tmp_path / "full.pth", 50))
@@ -121,31 +128,33 @@ def test_no_flipped_byte_of_a_weight_goes_unnoticed(small, tmp_path):
     for place in range(begin, begin + len(weights), 1009):
         whole[place] ^= 1
         path.write_bytes(whole)
-        with pytest.raises(UserError, match=r"flipped\.pth is damaged or not a checkpoint"):
+        with pytest.raises(UserError, match=r"flipped\.pth is damaged"):
             load_checkpoint(path)
         whole[place] ^= 1
 
 
 def _changed(path, target, **changes):
-    """Save the checkpoint in `path` with other entries; None takes one away."""
-    content = {key: value for key, value in {**load_checkpoint(path), **changes}.items() if value is not None}
-    torch.save(content, target)
+    """Save the checkpoint in `path` with other entries, and without those that are None."""
+    content = {**torch.load(path, weights_only=True), **changes}
+    torch.save({key: value for key, value in content.items() if value is not None}, target)
     return target
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, r"x\.pth was written by a newer version of this project: update"),
-        ({"version": "1"}, r"x\.pth is damaged or not a checkpoint of this project: delete it"),
-        ({"format": None}, r"x\.pth is damaged or not a checkpoint of this project: delete it"),
-        ({"classes": None}, r'x\.pth lacks "classes": delete it'),
-        ({"state_dict": None}, r'x\.pth lacks "state_dict": delete it'),
-        ({"state_dict": [1]}, r"x\.pth is damaged or not a checkpoint of this project: delete it"),
-        ({"classes": list("abc")}, r"x\.pth does not hold a ResNet18 of 3 classes: delete it"),
+        ({"version": 2}, r"x\.pth was written by a newer version of this project"),
+        ({"version": "1"}, r"x\.pth is damaged"),
+        ({"format": None}, r"x\.pth is damaged"),
+        ({"state_dict": [1]}, r"x\.pth is damaged"),
+        ({"classes": None}, r'x\.pth has no "classes"'),
+        ({"state_dict": None}, r'x\.pth has no "state_dict"'),
+        ({"image_size": None}, r'x\.pth has no "image_size"'),
+        ({"classes": list("abc")}, r"x\.pth does not hold a ResNet18 of 3 classes"),
+        ({"model": "NoSuchNetwork"}, "NoSuchNetwork"),
     ],
 )
-def test_what_is_missing_newer_or_of_another_kind_is_told(small, tmp_path, changes, message):
+def test_missing_newer_and_other_entries_are_named(small, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_network(_changed(small, tmp_path / "x.pth", **changes))
 
@@ -165,26 +174,27 @@ def _with_tensor(path, name, tensor):
         ("fc.bias", "a string"),
     ],
 )
-def test_weights_that_do_not_fit_are_told(small, tmp_path, name, tensor):
+def test_weights_that_do_not_fit_are_refused(small, tmp_path, name, tensor):
     path = _changed(small, tmp_path / "x.pth", state_dict=_with_tensor(small, name, tensor))
-    with pytest.raises(UserError, match=r"x\.pth does not hold a ResNet18 of 10 classes"):
+    with pytest.raises(UserError, match=r"x\.pth (does not (hold|fit)|is damaged)") as error:
         load_network(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_told(small, tmp_path, value):
+def test_weights_that_are_no_numbers_are_refused(small, tmp_path, value):
     weights = load_checkpoint(small)["state_dict"]["fc.weight"].clone()
     weights[3, 1] = value
     path = _changed(small, tmp_path / "x.pth", state_dict=_with_tensor(small, "fc.weight", weights))
-    with pytest.raises(UserError, match=r"x\.pth holds numbers that are not finite: delete it"):
+    with pytest.raises(UserError, match=r"x\.pth holds numbers that are not finite"):
         load_network(path)
 
 
-def test_a_checkpoint_of_another_dataset_or_model_is_told(small):
+def test_a_checkpoint_of_another_dataset_or_model_is_refused(small):
     assert load_checkpoint(small, model="ResNet18", dataset="Digits")["classes"] == FACTS["classes"]
     with pytest.raises(UserError, match=r"small\.pth is made for the dataset Digits, and this run is for CIFAR10"):
         load_checkpoint(small, model="ResNet18", dataset="CIFAR10")
-    with pytest.raises(UserError, match=r"small\.pth is made for the model ResNet18"):
+    with pytest.raises(UserError, match=r"small\.pth .* ResNet18, .* ResNet50"):
         load_checkpoint(small, model="ResNet50")
 
 
@@ -211,7 +221,7 @@ def test_forged_sizes_take_no_memory(small, tmp_path):
         load_checkpoint(path)
 
 
-def test_a_list_that_holds_itself_a_million_times_is_read_in_no_time(tmp_path):
+def test_a_list_that_holds_itself_a_million_times_is_read_at_once(tmp_path):
     nested = [torch.zeros(1)]
     for _ in range(40):
         nested = [nested, nested]
@@ -219,26 +229,15 @@ def test_a_list_that_holds_itself_a_million_times_is_read_in_no_time(tmp_path):
     assert load_checkpoint(tmp_path / "x.pth")["nested"][0][1] is not None
 
 
-def test_an_optimizer_of_another_network_is_told(digits, compute, tmp_path):
+def test_an_optimizer_of_another_network_is_refused(digits, compute, tmp_path):
     scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path)
     network = resnet18_for_small_images(10)
     step = TrainingStep(network, digits.train, compute)
     step(torch.arange(4), torch.zeros(4, 3, dtype=torch.long), rate=0.001)
-    left = step.state_dict()
-    wrong_shape = copy.deepcopy(left)
+    state = step.state_dict()
+    wrong_shape = copy.deepcopy(state)
     wrong_shape["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    for spoilt in ({**left, "optimizer": {"state": {}, "param_groups": []}}, wrong_shape, {"optimizer": []}):
-        save_network(scenario.resume, network, {**FACTS, "epoch": 1, "training": spoilt, "history": []})
-        with pytest.raises(UserError, match=r"resume\.pth does not fit the network it would go on from: start over"):
-            fine_tune(network, digits, compute, scenario, FACTS, TrainSettings(epochs=4, batch_size=16))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [('{"config": {}}', 'lacks "models": delete it'), ("[" * 100_000, "is damaged"),
-                          ('{"config": 3}', "is damaged"), ('{"config"', "is damaged"), ("\x00", "is damaged")]
-)  # fmt: skip
-def test_a_damaged_record_is_told(tmp_path, text, message):
-    path = tmp_path / "x.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        find_record(path, {})["models"]
+    for wrong in ({**state, "optimizer": {"state": {}, "param_groups": []}}, wrong_shape, {"scaler": {}}):
+        save_network(scenario.resume, network, {**FACTS, "epoch": 1, "training": wrong, "history": []})
+        with pytest.raises(UserError, match=f"{scenario.resume.name} .*--fresh"):
+            fine_tune(network, digits, compute, TrainSettings(epochs=4, batch_size=16), scenario, FACTS)

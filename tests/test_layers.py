@@ -1,0 +1,54 @@
+"""Imports within the project point only down, and the reports need no PyTorch."""
+
+import ast
+
+from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
+from tests.helpers import ended, started
+
+# What the modules of each part may import, besides those of their own part and the package itself.
+MAY_IMPORT = {
+    "runtime": (),
+    "data": ("runtime",),
+    "network": ("data", "runtime"),
+    "measure": ("network", "data", "runtime"),
+    "pruning": ("network", "data", "runtime"),
+    "report": ("measure.significance", "runtime"),
+    **dict.fromkeys(
+        ("cli", "exit", "stages", "sweep", "test_scenarios"),
+        ("cli", "exit", "stages", "sweep", "report", "measure", "pruning", "network", "data", "runtime"),
+    ),
+}
+
+
+def imported(path):
+    """The modules of cleanai that a file imports anywhere in it, without "cleanai."."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("cleanai."):
+                yield name[len("cleanai.") :]
+
+
+def test_imports_point_down():
+    paths = [*(PROJECT / "cleanai").rglob("*.py"), *SCRIPTS_DIR.glob("*.py")]
+    parts = {path: path.relative_to(PROJECT / "cleanai" if path.parent != SCRIPTS_DIR else PROJECT) for path in paths}
+    for path, within in parts.items():
+        part = within.parts[0].replace(".py", "")
+        allowed = ("UserError", "__version__", part, *MAY_IMPORT.get(part, ()))
+        for name in imported(path):
+            assert any(f"{name}.".startswith(f"{each}.") for each in allowed), f"{within} imports {name}"
+    assert {within.parts[0].replace(".py", "") for within in parts.values()} == {*MAY_IMPORT, "__init__"}
+
+
+def test_reports_and_what_a_finished_script_needs_do_not_import_pytorch():
+    modules = [f"cleanai.report.{path.stem}" for path in (PROJECT / "cleanai" / "report").glob("*.py")]
+    assert len(modules) > 8
+    program = f"import sys, {', '.join([*modules, 'cleanai.cli', 'cleanai.exit', 'cleanai.stages'])}\n"
+    with started(
+        ["-c", f"{program}print(sorted({{'torch', 'torchvision', 'scipy', 'sklearn'}} & {{*sys.modules}}))"]
+    ) as process:
+        assert ended(process).stdout.strip() == "[]"
