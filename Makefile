@@ -1,4 +1,5 @@
 # make demo: everything on embedded data, in minutes.  make run: the full TS1.  make test, make lint: the checks.
+# make docs: the generated pages.
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) test_scenarios
@@ -6,10 +7,10 @@ DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
 DEMO_PRUNE := --epochs 2 --lr 0.0003
 
-.PHONY: help demo run test test-long test-floor test-newest lint clean
+.PHONY: help demo run test test-long test-floor test-newest lint docs clean
 
 help:
-	@head -1 Makefile
+	@head -2 Makefile
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,7 +27,7 @@ demo: .venv/installed
 	$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE) --fresh
 	$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
 	$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE) --fresh
-	@echo; echo "The demo is done. Its tables once more, from what was recorded, and the comparison:"
+	@echo; echo "The demo is done. Its tables again, from the records, and the comparison:"
 	@$(RUN)/TS1_01_prepare_model.py $(DEMO) $(DEMO_PREPARE)
 	@$(RUN)/TS1_02_coverage_pruning.py $(DEMO) $(DEMO_PRUNE)
 	@$(RUN)/TS1_03_wanda_pruning.py $(DEMO) $(DEMO_PRUNE)
@@ -41,7 +42,7 @@ run: .venv/installed
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-# What takes minutes: kills at random moments, damaged files by the thousand. The counts are printed.
+# What takes minutes: kills at random moments, thousands of damaged files. The counts are printed.
 test-long: .venv/installed-dev
 	$(PY) -m pytest -m long -s
 
@@ -56,8 +57,14 @@ test-floor test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -e ".[dev]" $(VERSIONS)
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadfile
 
+# Types are checked in the modules without PyTorch.
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+docs: .venv/installed-dev
+	$(PY) benchmarks/make_docs.py
 
 clean:
 	rm -rf .venv .venv-floor .venv-newest
