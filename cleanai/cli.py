@@ -158,6 +158,11 @@ _COMMON: dict[str, dict[str, Any]] = {
         "help": "folder of the pretrained weights",
     },
     "checkpoints_dir": {"type": _folder, "default": CHECKPOINTS_DIR, "help": "folder of the results"},
+    "timing_seconds": {
+        "type": _between(0, 3600),
+        "default": 20.0,
+        "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
+    },
     "export": {
         "choices": ("none", "onnx"),
         "default": "none",
@@ -171,7 +176,7 @@ _COME_WITH = {
     "dataset": ("checkpoints_dir",),
     "precision": ("device", "deterministic", "data_dir", "fresh"),
     "weights": ("models_dir",),
-    "ratio": ("export",),
+    "ratio": ("export", "timing_seconds"),
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 

@@ -5,7 +5,7 @@ Everything but the tables needs PyTorch, which takes seconds to import. It is im
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cleanai.report.run_text import comparison_table
@@ -209,6 +209,8 @@ def open_run(scenario: Scenario, args: Options) -> Run:
     from cleanai.runtime.compute import choose_compute
 
     compute = choose_compute(args.device, args.precision, args.deterministic)
+    if "timing_seconds" in args:
+        compute = replace(compute, timing_s=args.timing_seconds)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)

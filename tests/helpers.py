@@ -109,7 +109,11 @@ def fails(result, *expected):
 
 def command_options(number, folder, *options):
     """The options that run a script, by its index, on a few images."""
-    few = ["--weights", "none"] if number == 0 else ["--calibration-batches", "2", "--steps", "2"]
+    few = (
+        ["--weights", "none"]
+        if number == 0
+        else ["--calibration-batches", "2", "--steps", "2", "--timing-seconds", "1"]
+    )
     return [*few, *SMALL, "--checkpoints-dir", str(folder), *options]
 
 

@@ -15,8 +15,8 @@ from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic"}
 OTHER_OPTIONS = {
     SCRIPTS[0]: COMMON | {"--models-dir"},
-    SCRIPTS[1]: COMMON | {"--export"},
-    SCRIPTS[2]: COMMON | {"--export"},
+    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds"},
+    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds"},
     COMPARE: {"--checkpoints-dir"},
     SWEEP: COMMON,
 }

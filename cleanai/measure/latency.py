@@ -19,6 +19,7 @@ LATENCY_TURNS = 30
 LATENCY_CALLS = 10  # per turn
 THROUGHPUT_TURNS = 12
 THROUGHPUT_BATCH = 128
+LEAST_TURNS = 3
 MOST_WARM_UP_TURNS = 10
 STABLE = 0.05  # warm-up ends when two turns differ by at most this share
 
@@ -68,8 +69,9 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each single call, by name, after a warm-up until turns take equally long.
 
-    Each turn calls everything, and each begins with another: the order makes a difference of some percent. The fastest
-    two thirds of the turns count; the others were slowed by other work on the machine. No network is favoured.
+    Each turn calls everything, and each begins with another: the order makes a difference of some percent. There are
+    fewer turns, but at least LEAST_TURNS, where `turns` would take longer than `compute.timing_s`. The fastest two
+    thirds of the turns count; the others were slowed by other work on the machine. No network is favoured.
     """
     order = collections.deque(calls)
 
@@ -80,12 +82,14 @@ def time_in_turns(
     def total(seconds: dict[str, list[float]]) -> float:
         return sum(map(sum, seconds.values()))
 
-    before = math.inf
+    before, spent = math.inf, 0.0
     for _ in range(MOST_WARM_UP_TURNS):
         now = total(turn())
-        if abs(now - before) < STABLE * now:
+        spent += now
+        if abs(now - before) < STABLE * now or (spent > compute.timing_s and before < math.inf):
             break
         before = now
+    turns = min(turns, max(LEAST_TURNS, int(compute.timing_s / max(now, 1e-9))))
     measured = sorted((turn() for _ in progress(range(turns), title, "turn")), key=total)[: turns * 2 // 3]
     return {name: [seconds for each in measured for seconds in each[name]] for name in calls}
 

@@ -24,6 +24,7 @@ class Compute:
 
     `deterministic`: every run computes the same, as a CPU always does.
     `inference_pixels`: how many pixels pass a network at once where the batch size does not change the result.
+    `timing_s`: about how many seconds each timing of networks may take.
     """
 
     device: torch.device
@@ -31,6 +32,7 @@ class Compute:
     reason: str
     deterministic: bool = False
     inference_pixels: int = 32 * 32**2  # a hook's values of so few are still in the cache
+    timing_s: float = 20.0
 
     def autocast(self) -> torch.autocast:
         """A context in which networks run in the chosen precision; weights and sums stay float32."""

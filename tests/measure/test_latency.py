@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,5 +91,15 @@ def test_the_warm_up_ends_when_turns_take_equally_long(clock, compute):
 
 
 def test_a_warm_up_in_which_turns_never_take_equally_long_ends(clock, compute):
+    compute = replace(compute, timing_s=1e9)
     seconds = time_in_turns({"a": clock.call(2.0**power for power in range(16, 0, -1))}, 6, 1, compute, "")
     assert seconds == {"a": [2, 4, 8, 16]}, "ten turns of warm-up, and the fastest four of six"
+
+
+def test_long_timings_are_cut_to_the_seconds_allowed(clock, compute):
+    bounded = replace(compute, timing_s=10.0)
+    seconds = time_in_turns({"a": clock.call(itertools.repeat(1.0))}, 30, 1, bounded, "")
+    assert seconds == {"a": pytest.approx([1.0] * 6)}, "two thirds of ten turns"
+    assert clock.now == 12, "and two turns of warm-up"
+    seconds = time_in_turns({"a": clock.call(itertools.count(100.0, 50.0))}, 30, 1, bounded, "")
+    assert len(seconds["a"]) == 2, "two thirds of the least number of turns"

@@ -14,6 +14,7 @@ from tests.helpers import pdf_text
 
 FEW = ["--dataset", "Digits", "--batch-size", "16"]
 CALIBRATION = ["--calibration-batches", "1", "--repair-batches", "2"]
+PRUNE = ["--epochs", "1", "--steps", "1", "--train-samples", "64", "--timing-seconds", "1", *FEW, *CALIBRATION]
 
 
 def _example(name):
@@ -43,8 +44,8 @@ def printed(project):
     texts = {}
     for pattern, options in (
         ("01", ["--weights", "none", "--epochs", "1", "--train-samples", "64", *FEW]),
-        ("03", ["--epochs", "1", "--steps", "1", "--train-samples", "64", *FEW, *CALIBRATION]),
-        ("06", ["--epochs", "1", "--steps", "1", "--train-samples", "64", *FEW, *CALIBRATION]),
+        ("03", PRUNE),
+        ("06", PRUNE),
         ("04", FEW[:2]),
         ("05", ["--ratios", "0.3", "--test-samples", "50", *FEW, *CALIBRATION]),
     ):

@@ -41,7 +41,7 @@ def own(copies, tmp_path_factory):
         options = ["--checkpoints-dir", folder / "out"]
         if script != COMPARE:
             options += ["--data-dir", folder / "images", "--epochs", "1", "--batch-size", "4"]
-            few = ["--steps", "1", "--calibration-batches", "2"]
+            few = ["--steps", "1", "--calibration-batches", "2", "--timing-seconds", "1"]
             options += ["--weights", "none"] if script == SCRIPTS[0] else few
         with started([copies[script], *options]) as process:
             result = ended(process)
