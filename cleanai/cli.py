@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 import sys
 import textwrap
@@ -41,21 +42,20 @@ def _whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def _between(low: float, high: float) -> Callable[[str], float]:
+def _between(low: float, high: float, including: str = "") -> Callable[[str], float]:
+    """A number between two others; `including` may name "low" or "high", which are excluded otherwise."""
+    excluded = {"": "both excluded", "low": f"{high:g} excluded", "high": f"{low:g} excluded"}[including]
+
     def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
-            number = low
-        if not low < number < high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}, both excluded")
+            number = math.nan
+        if not (low < number < high or {"low": low, "high": high}.get(including) == number):
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}, {excluded}")
         return number
 
     return parse
-
-
-def _weight_decay(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _between(0, 1)(text)
 
 
 def _share(word: str) -> Callable[[str], float | str | None]:
@@ -100,13 +100,26 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "what training starts from: imagenet (downloaded), none (random weights), or a file with a state dict "
         "of the network (.pth, .safetensors)",
     },
+    "mean": {
+        "type": _between(0, 1, "low"),
+        "nargs": 3,
+        "metavar": ("R", "G", "B"),
+        "help": "means of the three channels, of pixels between 0 and 1, that inputs are normalised with; give those "
+        "that your trained network was made for",
+    },
+    "std": {
+        "type": _between(0, 1, "high"),
+        "nargs": 3,
+        "metavar": ("R", "G", "B"),
+        "help": "standard deviations of the three channels, likewise",
+    },
     "epochs": {"type": _whole(1), "help": "epochs of fine-tuning"},
     "batch_size": {
         "type": _whole(1),
         "help": "images per training step and per calibration batch; lower it when GPU memory runs out",
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
-    "weight_decay": {"type": _weight_decay, "help": "weight decay of Adam; 0 turns it off"},
+    "weight_decay": {"type": _between(0, 1, "low"), "help": "weight decay of Adam; 0 turns it off"},
     "train_samples": {"type": _whole(1), "help": "train on that many images, balanced over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
     "ratio": {"type": _share("none"), "help": "share of the parameters to remove, between 0 and 1; none = no limit"},
@@ -178,6 +191,11 @@ _COME_WITH = {
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds"),
 }
+# What the default None means; for the others "all".
+_DEFAULT_WORDS = {
+    **dict.fromkeys(("ratio", "macs_ratio"), "none"),
+    **dict.fromkeys(("mean", "std"), "of the training images"),
+}
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
@@ -219,7 +237,7 @@ def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], set
         option = {**option, "type": _whole(0), "help": f"{option['help']}; {what}"}
     default = option.get("default")
     if "action" not in option:
-        shown = ("none" if "ratio" in name else "all") if default is None else "%(default)s"
+        shown = _DEFAULT_WORDS.get(name, "all") if default is None else "%(default)s"
         shown = " ".join(map(str, default)) if isinstance(default, list) else shown
         option = {**option, "help": f"{option['help']} (default: {shown})"}
     parser.add_argument("--" + name.replace("_", "-"), **option)

@@ -32,6 +32,8 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
     UserError when an earlier run had other settings, or when the preparing script has not run.
     """
     files = [scenario.record]
+    if ":" in scenario.model:  # other networks are known by the names of their files
+        args.config["model"] = scenario.model
     if scenario.method:
         scenario.require_fine_tuned(args.data_dir)
         args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)[:16]
@@ -98,6 +100,9 @@ class Run:
         scenario, args = self.scenario, self.args
         self.prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
+        normalisation = {name: self.prepared[name] for name in ("mean", "std")}
+        self.images = self.images.normalised_by(**normalisation)
+        self.facts.update(normalisation)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
         self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
         print(
@@ -137,7 +142,7 @@ class Run:
         from cleanai.network.models import network_from
 
         path = self.scenario.pruned
-        checkpoint = find_checkpoint(path, self.facts["config"])
+        checkpoint = find_checkpoint(path, self.facts["config"], model=self.scenario.model)
         if not checkpoint:
             return None, {}
         print(f"Found the pruned network of an earlier run: {path}")
@@ -213,5 +218,7 @@ def open_run(scenario: Scenario, args: Options) -> Run:
         compute = replace(compute, timing_s=args.timing_seconds)
     print(compute.description)
     images = load_images(args.dataset, args.data_dir)
+    if "mean" in args:
+        images = images.normalised_by(args.mean, args.std)
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
     return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config))

@@ -22,6 +22,8 @@ MODEL = "ResNet18"
 SETTINGS = {  # each is also an option: --batch-size, --weight-decay, ...
     "dataset": "CIFAR10",
     "weights": "imagenet",  # or "none", or a file
+    "mean": None,  # of the training images
+    "std": None,
     "epochs": 20,
     "batch_size": 128,  # if GPU memory runs out: 64 or 32
     "lr": 0.001,  # the peak, between a linear rise and a linear fall

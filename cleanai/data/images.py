@@ -103,6 +103,12 @@ class Images:
         """The same images on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
+    def normalised_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Images:
+        """The same, normalised by other channel means and deviations, of pixels between 0 and 1. None keeps them."""
+        given = {name: torch.tensor(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
+        given = {name: values.to(self.train.mean) for name, values in given.items()}
+        return replace(self, train=replace(self.train, **given), test=replace(self.test, **given))
+
     def with_train_samples(self, count: int | None, seed: int) -> Images:
         """The same with `count` training images, see `ImageSet.sample`. None keeps all."""
         if count is None:

@@ -12,39 +12,52 @@ from torch import nn
 from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
+from cleanai.network.own import own_network
 from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
+from cleanai.runtime.scenario import network_source
 
 
 def build(model: str, classes: int) -> nn.Module:
     """The network that a scenario calls `model`, with `classes` outputs and random weights.
 
-    "ResNet18" is `resnet18_for_small_images`. Any other name is that of a classification network of torchvision,
-    without regard to capitals and underscores: "MobileNetV2" is mobilenet_v2. Raises UserError when there is none.
+    "ResNet18" is `resnet18_for_small_images`. "nets/my_net.py:MyNet" is what MyNet(classes) of that Python file
+    returns, see `own_network`. Any other name is that of a classification network of torchvision, without regard to
+    capitals and underscores: "MobileNetV2" is mobilenet_v2, and "torchvision:resnet18" the ResNet-18 with a 7x7 stem.
+    Raises UserError when there is none.
     """
+    source, name = network_source(model)
+    if source not in ("", "torchvision"):
+        return own_network(source, name, classes)
     name = _torchvision_name(model)
-    if name == "resnet18":
+    if name == "resnet18" and not source:
         return resnet18_for_small_images(classes)
     without_extra_outputs = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, num_classes=classes, **without_extra_outputs)
 
 
 def imagenet_url(model: str) -> str:
-    """The address of torchvision's ImageNet weights for the network that a scenario calls `model`."""
+    """The address of torchvision's ImageNet weights for the network that a scenario calls `model`.
+
+    UserError when it is not one of torchvision's.
+    """
     return torchvision.models.get_model_weights(_torchvision_name(model)).DEFAULT.url
 
 
 def _torchvision_name(model: str) -> str:
     # Underscores between digits stay: regnet_y_1_6gf is not regnet_y_16gf.
     names = {_short(name): name for name in torchvision.models.list_models(module=torchvision.models)}
+    source, name = network_source(model)
+    if source not in ("", "torchvision"):
+        raise UserError(f"There are no ImageNet weights for {model}: use --weights none, or a file with your own")
     try:
-        return names[_short(model)]
+        return names[_short(name)]
     except KeyError as error:
         raise UserError(
-            f"There is no network called {model}: MODEL in the script is ResNet18, or another of torchvision's, "
-            "such as MobileNetV2"
+            f"There is no network called {model}: MODEL in the script is ResNet18, another of torchvision's such as "
+            "MobileNetV2, or your own, as nets/my_net.py:MyNet"
         ) from error
 
 
@@ -98,9 +111,17 @@ def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
     save_checkpoint(path, {**facts, "state_dict": {name: tensor.cpu() for name, tensor in state.items()}})
 
 
-def load_network(path: Path) -> nn.Module:
-    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU. UserError when it cannot be read."""
-    return network_from(load_checkpoint(path), path)
+def load_network(path: Path, model: str | None = None) -> nn.Module:
+    """The network in a checkpoint, pruned or not, in evaluation mode on the CPU. UserError when it cannot be read.
+
+    `model` is the MODEL that it must be of. A network from a Python file is only loaded when `model` names that file:
+    a checkpoint must not choose which code runs.
+    """
+    checkpoint = load_checkpoint(path, **({} if model is None else {"model": model}))
+    source, _ = network_source(checkpoint["model"])
+    if model is None and source not in ("", "torchvision"):
+        raise UserError(f"{path} holds a network from {checkpoint['model']}: load_network(path, model=...) loads it")
+    return network_from(checkpoint, path)
 
 
 def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:

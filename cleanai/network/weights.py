@@ -80,6 +80,8 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
     """
     given, own = read_weights(path), network.state_dict()
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    if not layers:
+        raise UserError(f"{model} has no convolution and no linear layer")
     stem, classifier = f"{layers[0]}.weight", f"{layers[-1]}."
     if stem in given:
         given[stem] = _centre(given[stem], own[stem])

@@ -142,11 +142,11 @@ def _tensors(content: Any) -> list[Any]:
     return tensors
 
 
-def find_checkpoint(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def find_checkpoint(path: Path, config: dict[str, Any], **expected: str) -> dict[str, Any] | None:
     """Read a checkpoint that an earlier run left, or None. UserError when that run had other settings."""
     if not path.exists():
         return None
-    content = load_checkpoint(path)
+    content = load_checkpoint(path, **expected)
     _refuse_other_settings(path, content["config"], config)
     return content
 
@@ -198,6 +198,8 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
                 f"{path} was made from another file called {config['weights']}: use another --checkpoints-dir, "
                 "or start over with --fresh"
             )
+        if key == "model":
+            raise UserError(f"{path} was made with the network {before}, and this run is for {now}: change SCENARIO")
         if key == "conditions":
             raise UserError(
                 f"{path} was made under other conditions ({before}) than this run has ({now}): "

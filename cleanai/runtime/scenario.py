@@ -24,7 +24,7 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
-_NO_OPTIONS = ("dataset", "fine_tuned_model", "weights_sha256", "conditions")
+_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -42,6 +42,16 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
         )
 
 
+def network_source(model: str) -> tuple[str, str]:
+    """Where the network comes from that a scenario calls `model`, and its name there.
+
+    "nets/my_net.py:MyNet" gives the Python file and MyNet; "torchvision:resnet18" gives torchvision and resnet18; of
+    any other name the source is empty.
+    """
+    source, _, name = model.rpartition(":")
+    return source, name
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Where one script of a scenario reads and writes. `method` is empty for the preparing script."""
@@ -57,9 +67,15 @@ class Scenario:
         return replace(self, method=method)
 
     @property
+    def model_name(self) -> str:
+        """The model in names of files, MyNet for nets/my_net.py:MyNet."""
+        source, name = network_source(self.model)
+        return f"{source}-{name}" if source == "torchvision" else name
+
+    @property
     def name(self) -> str:
         """For example TS1_Coverage_ResNet18_CIFAR10, or TS1_ResNet18_CIFAR10 for the preparing script."""
-        return "_".join(part for part in (self.number, self.method, self.model, self.dataset) if part)
+        return "_".join(part for part in (self.number, self.method, self.model_name, self.dataset) if part)
 
     @property
     def folder(self) -> Path:
@@ -79,7 +95,7 @@ class Scenario:
     @property
     def pruned(self) -> Path:
         """The pruned network before its fine-tuning."""
-        return self.folder / f"{self.model}_{self.dataset}_pruned_{METHODS[self.method].tag}.pth"
+        return self.folder / f"{self.model_name}_{self.dataset}_pruned_{METHODS[self.method].tag}.pth"
 
     def epoch(self, number: int) -> Path:
         """The network after `number` epochs of this script's fine-tuning."""
@@ -176,11 +192,11 @@ class Scenario:
         return [*own, self.final, self.exported, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:
-        return self.checkpoints_dir / self.number / f"{self.model}_{self.dataset}_{stage}.pth"
+        return self.checkpoints_dir / self.number / f"{self.model_name}_{self.dataset}_{stage}.pth"
 
     def _trained(self, stage: str) -> Path:
         tag = f"FTAP_{METHODS[self.method].tag}" if self.method else "FT"
-        return self.folder / f"{self.model}_{self.dataset}_{tag}_{stage}.pth"
+        return self.folder / f"{self.model_name}_{self.dataset}_{tag}_{stage}.pth"
 
 
 def _option(name: str, value: Any) -> str:

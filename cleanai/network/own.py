@@ -1,0 +1,63 @@
+"""A network from a Python file of the user's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable
+
+from torch import nn
+
+from cleanai import UserError
+from cleanai.runtime.files import file_digest, one_line
+from cleanai.runtime.scenario import PROJECT
+
+
+def own_network(file: str, name: str, classes: int) -> nn.Module:
+    """What `name(classes)` in a Python file returns, with random weights.
+
+    A relative path starts from the project's folder. The file may import its neighbours. Raises UserError, with the
+    line of the file that fails, when it gives no network.
+    """
+    path = (PROJECT / Path(file).expanduser()).resolve()
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(f"MODEL names the Python file {path}, which does not exist")
+    module = _guarded(path, "cannot be imported", lambda: _imported(path))
+    maker = getattr(module, name, None)
+    if not callable(maker):
+        raise UserError(f"MODEL names {name} in {path}, which has no function or class of that name")
+    network = _guarded(path, f"{name}({classes}) fails", lambda: maker(classes))
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{name}({classes}) of {path} returns a {type(network).__name__}, not a network (nn.Module)")
+    return network
+
+
+def _imported(path: Path) -> ModuleType:
+    """The module in a file, imported once."""
+    name = f"cleanai_own_{path.stem}_{file_digest(path)[:8]}"
+    if name not in sys.modules:
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _guarded(path: Path, what: str, call: Callable[[], Any]) -> Any:
+    """The result of code of the user's. Any exception of it becomes one line that names the line of the file."""
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{path}{where}: {what}: {type(error).__name__}: {one_line(error)}") from error
