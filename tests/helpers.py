@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ needs_real_images = pytest.mark.skipif(
 
 SCRIPTS = ["TS1_01_prepare_model.py", "TS1_02_coverage_pruning.py", "TS1_03_wanda_pruning.py"]
 COMPARE, SWEEP = "TS1_04_compare_methods.py", "TS1_05_sweep_ratios.py"
+SMALL_MODEL = f"{PROJECT / 'tests' / 'small_network.py'}:SmallNetwork"
 SMALL = ["--train-samples", "64", "--batch-size", "16"]
 DEADLINE_S = 240  # of every wait for a process: many times what it takes
 # What differs from run to run: times, the checksums of files that hold some, and the folder.
@@ -107,6 +109,19 @@ def fails(result, *expected):
         assert text in result.stderr
 
 
+def own_scripts(folder: Path, **settings: str) -> dict[str, Path]:
+    """Copies of the scripts with other settings, by the names of the scripts: own_scripts(folder, MODEL="...")."""
+    copies = {}
+    for name in (*SCRIPTS, COMPARE, SWEEP):
+        text = (PROJECT / "test_scenarios" / name).read_text(encoding="utf-8")
+        for setting, value in settings.items():
+            line = re.search(rf'^{setting} = ".*"$', text, flags=re.M)
+            text = text.replace(line[0], f"{setting} = {value!r}")
+        copies[name] = folder / name.replace("TS1", settings.get("SCENARIO", "TS1"))
+        copies[name].write_text(text, encoding="utf-8")
+    return copies
+
+
 def command_options(number, folder, *options):
     """The options that run a script, by its index, on a few images."""
     few = (
@@ -117,14 +132,14 @@ def command_options(number, folder, *options):
     return [*few, *SMALL, "--checkpoints-dir", str(folder), *options]
 
 
-def prepare(folder, *options, **environment):
-    """Run script 1 on a few images."""
-    return run(SCRIPTS[0], *command_options(0, folder, *options), **environment)
+def prepare(folder, *options, script=SCRIPTS[0], **environment):
+    """Run script 1, or a copy of it, on a few images."""
+    return run(script, *command_options(0, folder, *options), **environment)
 
 
 def prune(script, folder, *options, **environment):
-    """Run script 2 or 3 on a few images."""
-    return run(script, *command_options(SCRIPTS.index(script), folder, *options), **environment)
+    """Run script 2 or 3, or a copy of one, on a few images."""
+    return run(script, *command_options(1, folder, *options), **environment)
 
 
 def outcome(folder):
@@ -229,7 +244,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "config": {
             "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2,
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
-            "steps": 5, "round_to": [32, 16, 8], "calibration_batches": 60, "repair": "full", "repair_batches": 8,
+            "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60,
+            "repair": "full", "repair_batches": 8,
             "epochs": 3, "batch_size": 100, "lr": 0.001, "weight_decay": 0.0, "train_samples": None, "seed": 0,
             "precision": "auto", "fine_tuned_model": "0" * 16,
         },

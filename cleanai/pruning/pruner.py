@@ -49,7 +49,7 @@ class PruneSettings:
     ratio: float | None
     macs_ratio: float | None
     steps: int | Sequence[float] = 5
-    round_to: Sequence[int] = (32, 16, 8)
+    round_to: Sequence[int] = (32, 16, 8, 4, 2, 1)
     repair: str = "full"
     batch_size: int = 128
 

@@ -11,7 +11,8 @@ from cleanai import UserError
 from cleanai.network.models import build, save_network
 from cleanai.network.weights import load_weights
 from cleanai.runtime.checkpoints import read_record
-from tests.helpers import SCRIPTS, fails, prepare, prune, run
+from tests.helpers import SCRIPTS, SMALL_MODEL, fails, own_scripts, prepare, prune, run
+from tests.small_network import SmallNetwork
 
 
 @pytest.fixture(scope="module")
@@ -149,21 +150,24 @@ def test_damaged_weights_are_refused(name, trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder in which script 1 has trained a network."""
+    """A folder in which script 1 has trained a network, and copies of the scripts for that network."""
     folder = tmp_path_factory.mktemp("prepared")
-    result = prepare(folder, "--dataset", "Digits", "--epochs", "1")
+    scripts = own_scripts(folder, MODEL=SMALL_MODEL)
+    result = prepare(folder, "--dataset", "Digits", "--epochs", "1", script=scripts[SCRIPTS[0]])
     assert result.returncode == 0, result.stderr
-    return folder / "TS1"
+    return folder / "TS1", scripts
 
 
 def test_a_trained_network_is_pruned_without_more_training_and_its_file_is_named(prepared, tmp_path):
-    weights = prepared / "ResNet18_Digits_FT_final.pth"
-    untrained = prepare(tmp_path, "--dataset", "Digits", "--epochs", "0", "--weights", weights)
+    folder, scripts = prepared
+    weights = folder / "SmallNetwork_Digits_FT_final.pth"
+    options = [tmp_path, "--dataset", "Digits", "--epochs", "0", "--weights"]
+    untrained = prepare(*options, weights, script=scripts[SCRIPTS[0]])
     assert untrained.returncode == 0, untrained.stderr
-    first, own = (read_record(folder / "TS1_ResNet18_Digits.json") for folder in (prepared, tmp_path / "TS1"))
+    first, own = (read_record(each / "TS1_SmallNetwork_Digits.json") for each in (folder, tmp_path / "TS1"))
     assert own["models"]["after"] == own["models"]["before"] == first["models"]["after"]
     assert own["config"]["weights"] == weights.name
-    pruned = prune(SCRIPTS[2], tmp_path, "--dataset", "Digits", "--epochs", "1")
+    pruned = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "1")
     assert pruned.returncode == 0, pruned.stderr
     digest = own["config"]["weights_sha256"]
     assert f"Original network: from {weights.name} ({digest[:8]}…), 0 epochs" in pruned.stdout
@@ -171,8 +175,8 @@ def test_a_trained_network_is_pruned_without_more_training_and_its_file_is_named
     # Another file of the same name.
     other = tmp_path / "other" / weights.name
     other.parent.mkdir()
-    save_network(other, build("ResNet18", 10), {})
-    again = prepare(tmp_path, "--dataset", "Digits", "--epochs", "0", "--weights", other)
+    save_network(other, SmallNetwork(10), {})
+    again = prepare(*options, other, script=scripts[SCRIPTS[0]])
     fails(again, f"another file called {weights.name}")
 
 
@@ -196,7 +200,9 @@ def test_with_0_epochs_the_weights_must_include_a_classifier(tmp_path, published
 
 
 def test_fresh_never_deletes_the_weights_that_it_starts_from(prepared):
-    weights = prepared / "ResNet18_Digits_FT_final.pth"
-    result = prepare(prepared.parent, "--dataset", "Digits", "--epochs", "1", "--weights", weights, "--fresh")
+    folder, scripts = prepared
+    weights = folder / "SmallNetwork_Digits_FT_final.pth"
+    options = ["--dataset", "Digits", "--epochs", "1", "--weights", weights, "--fresh"]
+    result = prepare(folder.parent, *options, script=scripts[SCRIPTS[0]])
     fails(result, weights.name, "--fresh")
     assert weights.exists()

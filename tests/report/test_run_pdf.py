@@ -34,7 +34,7 @@ def test_the_report_holds_what_a_reader_needs():
         "92.00", "90.20", "91.70", "34.08", "8.94", "0.45", "2.15", "91.60",
         "Final Accuracy Drop", "-0.30%", "+1.50%", "1.14x", "Accuracy and loss per epoch", "74.12% as cut",
         "88.31% with batch norm", "Output channels", "layer4.1.conv1", "Some <GPU> & CPU", "torch 2.0.1",
-        "image folder", "Page 2", "from ImageNet weights, 20 epochs, seed 0", "Seed", "Round to 32, 16, 8",
+        "image folder", "Page 2", "from ImageNet weights, 20 epochs, seed 0", "Seed", "Round to 32, 16, 8, 4, 2, 1",
     ):  # fmt: skip
         assert expected in text, expected
 

@@ -19,9 +19,11 @@ from cleanai.runtime.scenario import Scenario
 from cleanai.sweep import Sweep, sweep_criteria
 from tests.helpers import (
     SCRIPTS,
+    SMALL_MODEL,
     SWEEP,
     ended,
     fails,
+    own_scripts,
     pdf_text,
     prepare,
     run,
@@ -226,18 +228,20 @@ def test_impossible_sweeps_are_refused_in_one_line(tmp_path):
 
 def test_a_killed_sweep_resumes_and_a_finished_one_is_shown(tmp_path):
     folder = tmp_path / "Çalışma Dosyaları"
-    assert prepare(folder, "--dataset", "Digits", "--epochs", "1").returncode == 0
-    files = Scenario("TS1", "ResNet18", "Digits", folder, "Sweep")
+    scripts = own_scripts(tmp_path, MODEL=SMALL_MODEL)
+    assert prepare(folder, "--dataset", "Digits", "--epochs", "1", script=scripts[SCRIPTS[0]]).returncode == 0
+    files = Scenario("TS1", SMALL_MODEL, "Digits", folder, "Sweep")
     options = [*OPTIONS, "--epochs", "1", "--train-samples", "64", "--checkpoints-dir", folder]
 
-    with started(script_command(SWEEP, *options)) as process:
+    sweep = scripts[SWEEP]
+    with started(script_command(sweep, *options)) as process:
         wait_for_line("WANDA, 50% removed", process)
         process.kill()
         ended(process)
     points = read_record(files.resume)["points"]
     assert len(points) >= 2 and not files.record.exists()
 
-    finished = run(SWEEP, *options)
+    finished = run(sweep, *options)
     assert finished.returncode == 0, finished.stderr
     assert f"Resuming after {len(points)} networks" in finished.stdout
     record = read_record(files.record)
@@ -245,11 +249,11 @@ def test_a_killed_sweep_resumes_and_a_finished_one_is_shown(tmp_path):
     assert len(record["points"]) == len(sweep_criteria())
     assert record["config"]["fine_tuned_model"] == file_digest(files.fine_tuned)[:16]
     names = sorted(path.name for path in files.folder.rglob("*") if path.is_file())
-    assert names == [f"TS1_Sweep_ResNet18_Digits.{suffix}" for suffix in ("csv", "json", "pdf")]
+    assert names == [f"TS1_Sweep_SmallNetwork_Digits.{suffix}" for suffix in ("csv", "json", "pdf")]
     assert sweep_text(record) in finished.stdout
 
     files.report.unlink()
-    again = run(SWEEP, *options)
+    again = run(sweep, *options)
     assert "Already finished" in again.stdout and sweep_text(record) in again.stdout
     assert files.report.exists() and read_record(files.record) == record
-    fails(run(SWEEP, *options, "--seed", "1"), "--seed 0", "--fresh")
+    fails(run(sweep, *options, "--seed", "1"), "--seed 0", "--fresh")

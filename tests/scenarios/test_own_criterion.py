@@ -10,7 +10,7 @@ import pytest
 
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import PROJECT
-from tests.helpers import pdf_text
+from tests.helpers import SMALL_MODEL, own_scripts, pdf_text
 
 FEW = ["--dataset", "Digits", "--batch-size", "16"]
 CALIBRATION = ["--calibration-batches", "1", "--repair-batches", "2"]
@@ -28,6 +28,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("cleanai", "test_scenarios"):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    own_scripts(folder / "test_scenarios", MODEL=SMALL_MODEL)
     registry = folder / "cleanai" / "runtime" / "methods.py"
     text = registry.read_text(encoding="utf-8")
     assert text.endswith("}\n")
@@ -63,16 +64,20 @@ def printed(project):
 
 def test_it_prunes(project, printed):
     assert printed["06"].count("L1 NORM PRUNING - COMPREHENSIVE COMPARISON TABLE") == 1
-    folder = project / "checkpoints" / "TS1_L1_ResNet18_Digits"
-    assert (folder / "ResNet18_Digits_pruned_L1.pth").exists()
-    record = read_record(folder / "reports" / "TS1_L1_ResNet18_Digits.json")
+    folder = project / "checkpoints" / "TS1_L1_SmallNetwork_Digits"
+    assert (folder / "SmallNetwork_Digits_pruned_L1.pth").exists()
+    record = read_record(folder / "reports" / "TS1_L1_SmallNetwork_Digits.json")
     assert abs(record["summary"]["parameter_reduction_percent"] - 20) < 0.2
     assert "TS1_06_l1_pruning.py" in record["commands"][1]
 
 
 def test_it_is_compared_with_the_original_and_with_every_method_that_has_run(project, printed):
     path = (
-        project / "checkpoints" / "TS1_Comparison_ResNet18_Digits" / "reports" / "TS1_Comparison_ResNet18_Digits.json"
+        project
+        / "checkpoints"
+        / "TS1_Comparison_SmallNetwork_Digits"
+        / "reports"
+        / "TS1_Comparison_SmallNetwork_Digits.json"
     )
     record = read_record(path)
     pairs = {(d["first"], d["second"]) for d in record["differences"]}
@@ -87,7 +92,7 @@ def test_it_is_compared_with_the_original_and_with_every_method_that_has_run(pro
 
 
 def test_it_is_swept(project, printed):
-    path = project / "checkpoints" / "TS1_Sweep_ResNet18_Digits" / "reports" / "TS1_Sweep_ResNet18_Digits.json"
+    path = project / "checkpoints" / "TS1_Sweep_SmallNetwork_Digits" / "reports" / "TS1_Sweep_SmallNetwork_Digits.json"
     record = read_record(path)
     names = [point["criterion"] for point in record["points"]]
     assert names == ["Neuron Coverage", "WANDA", "L1 norm", "L2 magnitude", "random choice"]

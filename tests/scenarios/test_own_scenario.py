@@ -6,28 +6,28 @@ import pytest
 
 from cleanai.network.models import load_network
 from cleanai.runtime.checkpoints import read_record
-from cleanai.runtime.scenario import SCRIPTS_DIR
-from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, make_image_folder, pdf_text, started
-
-CHANGES = {
-    'SCENARIO = "TS1"': 'SCENARIO = "TS2"',
-    'MODEL = "ResNet18"': 'MODEL = "MobileNetV2"',
-    '"dataset": "CIFAR10"': '"dataset": "Pets"',
-}
+from tests.helpers import (
+    COMPARE,
+    SCRIPTS,
+    SMALL_MODEL,
+    SWEEP,
+    make_image_folder,
+    own_scripts,
+    parameter_count,
+    pdf_text,
+    run,
+)
+from tests.small_network import SmallNetwork
 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
     """The copied scripts, by the names of those they were copied from."""
-    folder = tmp_path_factory.mktemp("own")
-    copies = {}
-    for script in (*SCRIPTS, COMPARE, SWEEP):
-        text = (SCRIPTS_DIR / script).read_text(encoding="utf-8")
-        for before, after in CHANGES.items():
-            assert text.count(before) == 1
-            text = text.replace(before, after)
-        copies[script] = folder / script.replace("TS1", "TS2")
-        copies[script].write_text(text, encoding="utf-8")
+    copies = own_scripts(tmp_path_factory.mktemp("own"), SCENARIO="TS2", MODEL=SMALL_MODEL)
+    for path in copies.values():
+        text = path.read_text(encoding="utf-8")
+        assert text.count('"dataset": "CIFAR10"') == 1
+        path.write_text(text.replace('"dataset": "CIFAR10"', '"dataset": "Pets"'), encoding="utf-8")
     return copies
 
 
@@ -43,8 +43,7 @@ def own(copies, tmp_path_factory):
             options += ["--data-dir", folder / "images", "--epochs", "1", "--batch-size", "4"]
             few = ["--steps", "1", "--calibration-batches", "2", "--timing-seconds", "1"]
             options += ["--weights", "none"] if script == SCRIPTS[0] else few
-        with started([copies[script], *options]) as process:
-            result = ended(process)
+        result = run(copies[script], *options)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
     return folder / "out", printed
@@ -52,10 +51,9 @@ def own(copies, tmp_path_factory):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, COMPARE, SWEEP])
 def test_its_help_names_its_own_scenario_model_dataset_and_file(copies, script):
-    with started([copies[script], "--help"]) as process:
-        text = ended(process).stdout
+    text = run(copies[script], "--help").stdout
     assert text.startswith(f"usage: {copies[script].name} ")
-    assert "\nTS2, MobileNetV2. Script " in text
+    assert f"\nTS2, {SMALL_MODEL}. Script " in text
     commands = re.findall(r"python test_scenarios/(\S+)", text)
     assert len(commands) >= 2
     assert set(commands) == {copies[script].name}
@@ -66,13 +64,13 @@ def test_its_help_names_its_own_scenario_model_dataset_and_file(copies, script):
 
 def test_its_files_are_named_as_the_rules_say(own):
     folder, _ = own
-    expected = [f"TS2/MobileNetV2_Pets_{stage}.pth" for stage in ("pretrained", "FT_final")]
-    expected += ["TS2/TS2_MobileNetV2_Pets.json"]
+    expected = [f"TS2/SmallNetwork_Pets_{stage}.pth" for stage in ("pretrained", "FT_final")]
+    expected += ["TS2/TS2_SmallNetwork_Pets.json"]
     for method, tag in (("Coverage", "NC"), ("Wanda", "W")):
-        name = f"TS2_{method}_MobileNetV2_Pets"
-        expected += [f"{name}/MobileNetV2_Pets_{stage}.pth" for stage in (f"pruned_{tag}", f"FTAP_{tag}_final")]
+        name = f"TS2_{method}_SmallNetwork_Pets"
+        expected += [f"{name}/SmallNetwork_Pets_{stage}.pth" for stage in (f"pruned_{tag}", f"FTAP_{tag}_final")]
         expected += [f"{name}/reports/{name}.{suffix}" for suffix in ("json", "pdf")]
-    name = "TS2_Comparison_MobileNetV2_Pets"
+    name = "TS2_Comparison_SmallNetwork_Pets"
     expected += [f"{name}/reports/{name}.{suffix}" for suffix in ("csv", "json", "pdf")]
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert sorted(path.relative_to(folder).as_posix() for path in files) == sorted(expected)
@@ -81,16 +79,16 @@ def test_its_files_are_named_as_the_rules_say(own):
 @pytest.mark.parametrize(("method", "tag"), [("Coverage", "NC"), ("Wanda", "W")])
 def test_a_fifth_of_its_network_was_removed_and_the_record_says_so(own, method, tag):
     folder, _ = own
-    name = f"TS2_{method}_MobileNetV2_Pets"
+    name = f"TS2_{method}_SmallNetwork_Pets"
     record = read_record(folder / name / "reports" / f"{name}.json")
     assert record["scenario"] == name
-    assert record["models"]["original"]["parameters"] == 2_223_872 + 1281 * 2
+    assert record["models"]["original"]["parameters"] == parameter_count(SmallNetwork(2))
     assert abs(record["summary"]["parameter_reduction_percent"] - 20) <= 0.1
-    network = load_network(folder / name / f"MobileNetV2_Pets_FTAP_{tag}_final.pth")
-    assert sum(p.numel() for p in network.parameters()) == record["models"]["fine_tuned"]["parameters"]
-    assert type(network).__name__ == "MobileNetV2"
+    network = load_network(folder / name / f"SmallNetwork_Pets_FTAP_{tag}_final.pth", SMALL_MODEL)
+    assert parameter_count(network) == record["models"]["fine_tuned"]["parameters"]
+    assert type(network).__name__ == "SmallNetwork"
     text = pdf_text((folder / name / "reports" / f"{name}.pdf").read_bytes())
-    assert name in text and "features.18.0" in text
+    assert name in text and "second.0" in text
 
 
 def test_its_methods_are_compared(own):
