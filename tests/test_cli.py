@@ -32,7 +32,8 @@ def test_help_explains_every_option_with_its_default(script):
     assert described.keys() == {"--help", *("--" + name.replace("_", "-") for name in settings), *OTHER_OPTIONS[script]}
     for name, default in settings.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        shown = {None: "all"}.get(shown, shown)
+        if default is None:
+            shown = "of the training images" if name in ("mean", "std") else "all"
         assert described["--" + name.replace("_", "-")].endswith(f"(default: {shown})")
     for option, text in described.items():
         assert len(text.split()) >= 4, f"{option} is not explained"
@@ -64,6 +65,9 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (0, ["--epochs", "0"], "--epochs: 0 takes a trained network as it is"),
         (1, ["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
         (0, ["--weight-decay", "-1"], "--weight-decay: -1 "),
+        (0, ["--mean", "123", "116", "103"], "--mean: 123 is not a number between 0 and 1, 1 excluded"),
+        (0, ["--mean", "0.5", "0.5"], "--mean: expected 3 arguments"),
+        (0, ["--std", "0", "0", "0"], "--std: 0 is not a number between 0 and 1, 0 excluded"),
         (0, ["--batch-size", "-4"], "--batch-size"),
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),

@@ -36,6 +36,15 @@ def test_files_of_the_pruning_scripts(method, tag):
     assert files.record == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.json"
 
 
+def test_other_networks_in_names():
+    own = Scenario("TS2", "nets/my_net.py:MyNet", "Pets", Path("c"), "Wanda")
+    assert own.name == "TS2_Wanda_MyNet_Pets" and own.final.name == "MyNet_Pets_FTAP_W_final.pth"
+    own = Scenario("TS2", r"C:\nets\my_net.py:MyNet", "Pets", Path("c"))
+    assert own.final == Path("c/TS2/MyNet_Pets_FT_final.pth")
+    # On some systems resnet18 and ResNet18 are the same file.
+    assert Scenario("TS2", "torchvision:resnet18", "Pets", Path("c")).name == "TS2_torchvision-resnet18_Pets"
+
+
 @pytest.mark.parametrize("method", ["Comparison", "Sweep"])
 def test_files_of_the_comparison_and_the_sweep(method):
     files = scenario(method)

@@ -5,12 +5,14 @@ import re
 import pytest
 
 from cleanai.network.models import load_network
-from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.checkpoints import load_checkpoint, read_record
+from cleanai.runtime.scenario import PROJECT
 from tests.helpers import (
     COMPARE,
     SCRIPTS,
     SMALL_MODEL,
     SWEEP,
+    fails,
     make_image_folder,
     own_scripts,
     parameter_count,
@@ -18,6 +20,8 @@ from tests.helpers import (
     run,
 )
 from tests.small_network import SmallNetwork
+
+NORMALISATION = ["--mean", "0.5", "0.25", "0", "--std", "0.25", "0.5", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def own(copies, tmp_path_factory):
         if script != COMPARE:
             options += ["--data-dir", folder / "images", "--epochs", "1", "--batch-size", "4"]
             few = ["--steps", "1", "--calibration-batches", "2", "--timing-seconds", "1"]
-            options += ["--weights", "none"] if script == SCRIPTS[0] else few
+            options += ["--weights", "none", *NORMALISATION] if script == SCRIPTS[0] else few
         result = run(copies[script], *options)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
@@ -89,6 +93,32 @@ def test_a_fifth_of_its_network_was_removed_and_the_record_says_so(own, method, 
     assert type(network).__name__ == "SmallNetwork"
     text = pdf_text((folder / name / "reports" / f"{name}.pdf").read_bytes())
     assert name in text and "second.0" in text
+
+
+def test_its_own_normalisation_is_used_by_every_script(own):
+    folder, _ = own
+    for path in folder.rglob("*_final.pth"):
+        checkpoint = load_checkpoint(path)
+        assert (checkpoint["mean"], checkpoint["std"]) == ([0.5, 0.25, 0.0], [0.25, 0.5, 1.0])
+        assert checkpoint["config"]["model"] == SMALL_MODEL
+    # What script 1 measured last is what script 3 measures first: with the same inputs.
+    records = [read_record(path) for path in sorted(folder.glob("TS2*/**/TS2*_Pets.json"))]
+    after = records[0]["models"]["after"]
+    for record in records[1:]:
+        if "Comparison" not in record["scenario"]:
+            assert record["models"]["original"]["loss"] == pytest.approx(after["loss"])
+    command = "--mean 0.5 0.25 0.0 --std 0.25 0.5 1.0"
+    assert command in records[-1]["commands"][0]
+
+
+def test_another_network_under_the_same_names_is_refused(own, copies, tmp_path):
+    folder, _ = own
+    other = tmp_path / "small_network.py"
+    other.write_text((PROJECT / "tests" / "small_network.py").read_text(encoding="utf-8"), encoding="utf-8")
+    scripts = own_scripts(tmp_path, SCENARIO="TS2", MODEL=f"{other}:SmallNetwork")
+    options = ["--dataset", "Pets", "--data-dir", folder.parent / "images", "--checkpoints-dir", folder]
+    few = ["--weights", "none", "--epochs", "1", "--batch-size", "4", *NORMALISATION]
+    fails(run(scripts[SCRIPTS[0]], *options, *few), str(other), "SCENARIO")
 
 
 def test_its_methods_are_compared(own):
