@@ -15,8 +15,8 @@ from typing import Any, Callable, NoReturn
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.files import file_digest
-from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT
+from cleanai.runtime.files import file_digest, printable
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, EMBEDDED, PROJECT, usual_flip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +54,7 @@ def _between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _weight_decay(text: str) -> float:
+def _zero_or_share(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _between(0, 1)(text)
 
 
@@ -76,6 +76,8 @@ def _dataset(text: str) -> str:
 
 
 def _folder(text: str) -> Path:
+    if printable(text) != text:  # a record could not hold it
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a name that can be printed: rename it")
     return Path(text).expanduser()  # a shell leaves --data-dir=~/images as it is
 
 
@@ -95,6 +97,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "type": _dataset,
         "help": "CIFAR10 (downloaded), Digits (embedded, small), or an image folder in --data-dir",
     },
+    "image_size": {
+        "type": _whole(1),
+        "help": "resize the shorter side of each image to that many pixels and crop the longer one to its middle; "
+        "scripts 2, 3 and 5 take it, --flip and --shift from the network of script 1",
+    },
+    "flip": {
+        "choices": ("auto", "none", "horizontal"),
+        "help": "horizontal mirrors training images at random, also those of the repair after pruning; none for images "
+        "that a mirror makes wrong, such as text; auto is none for Digits and horizontal for others",
+    },
+    "shift": {
+        "type": _zero_or_share,
+        "help": "largest random shift of training images, also of those of the repair, as a share of their height; "
+        "0 turns it off",
+    },
     "weights": {
         "type": _weights,
         "help": "what training starts from: imagenet (downloaded), none (random weights), or a file with a state dict "
@@ -106,7 +123,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "images per training step and per calibration batch; lower it when GPU memory runs out",
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
-    "weight_decay": {"type": _weight_decay, "help": "weight decay of Adam; 0 turns it off"},
+    "weight_decay": {"type": _zero_or_share, "help": "weight decay of Adam; 0 turns it off"},
     "train_samples": {"type": _whole(1), "help": "train on that many images, balanced over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
     "ratio": {"type": _share("none"), "help": "share of the parameters to remove, between 0 and 1; none = no limit"},
@@ -130,7 +147,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "after each step: full adjusts the following layers by least squares and recalibrates batch norm, bn "
         "only recalibrates batch norm, none does nothing",
     },
-    "repair_batches": {"type": _whole(1), "help": "batches of training images for the repair; labels are not used"},
+    "repair_batches": {"type": _whole(1), "help": "batches of training images for the repair, or as many as "
+        "take about 4 GiB of memory; labels are not used"},
     "calibration_batches": {
         "type": _whole(1),
         "help": "batches of test images to score channels on; at most three quarters of the test images are used",
@@ -219,7 +237,8 @@ def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], set
         option = {**option, "type": _whole(0), "help": f"{option['help']}; {what}"}
     default = option.get("default")
     if "action" not in option:
-        shown = ("none" if "ratio" in name else "all") if default is None else "%(default)s"
+        unset = "none" if "ratio" in name else "as the files are" if name == "image_size" else "all"
+        shown = unset if default is None else "%(default)s"
         shown = " ".join(map(str, default)) if isinstance(default, list) else shown
         option = {**option, "help": f"{option['help']} (default: {shown})"}
     parser.add_argument("--" + name.replace("_", "-"), **option)
@@ -237,6 +256,10 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
                 f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
                 f"pip install {' '.join(missing)}"
             )
+    if "flip" in settings:
+        if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
+            parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")
+        args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):
         parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} are not rising")
     if "weights" in settings and args.epochs == 0 and not isinstance(args.weights, Path):

@@ -21,6 +21,9 @@ SCENARIO = "TS1"
 MODEL = "ResNet18"
 SETTINGS = {  # each is also an option: --batch-size, --weight-decay, ...
     "dataset": "CIFAR10",
+    "image_size": None,  # as the files are; or a side in pixels, for example 224
+    "flip": "auto",  # mirrored at random, except Digits; "none" for pictures such as text
+    "shift": 0.125,  # at random by up to an eighth of the height
     "weights": "imagenet",  # or "none", or a file
     "epochs": 20,
     "batch_size": 128,  # if GPU memory runs out: 64 or 32
