@@ -21,6 +21,8 @@ from cleanai.runtime.scenario import CHECKPOINTS_DIR, EMBEDDED, PROJECT, usual_f
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if re.search("unrecognized arguments: .*--(image-size|flip|shift)", message):
+            message += ": give it to script 1, and this script will do the same"
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -148,7 +150,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "only recalibrates batch norm, none does nothing",
     },
     "repair_batches": {"type": _whole(1), "help": "batches of training images for the repair, or as many as "
-        "take about 4 GiB of memory; labels are not used"},
+        "take about 3 GiB of memory; labels are not used"},
     "calibration_batches": {
         "type": _whole(1),
         "help": "batches of test images to score channels on; at most three quarters of the test images are used",

@@ -19,7 +19,7 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import progress
 
 
-REPAIR_BYTES = 2**32  # of activations; a fixed bound, so that results do not depend on the memory that is free
+REPAIR_BYTES = 3 * 2**30  # of activations; a fixed bound, so that results do not depend on the memory that is free
 
 
 @dataclass
