@@ -149,8 +149,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "after each step: full adjusts the following layers by least squares and recalibrates batch norm, bn "
         "only recalibrates batch norm, none does nothing",
     },
-    "repair_batches": {"type": _whole(1), "help": "batches of training images for the repair, or as many as "
-        "take about 3 GiB of memory; labels are not used"},
+    "repair_batches": {
+        "type": _whole(1),
+        "help": "batches of training images for the repair, or as many as "
+        "take about 3 GiB of memory; labels are not used",
+    },
     "calibration_batches": {
         "type": _whole(1),
         "help": "batches of test images to score channels on; at most three quarters of the test images are used",

@@ -40,7 +40,9 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[ImageFile], list[Im
     """
     skipped: Counter[str] = Counter()
     try:
-        skipped.update(f"folder {printable(x.name)}" for x in _entries(folder) if x.is_dir() and x.name not in ("train", "test"))
+        skipped.update(
+            f"folder {printable(x.name)}" for x in _entries(folder) if x.is_dir() and x.name not in ("train", "test")
+        )
         train, test = (_pictures_by_class(folder / part, skipped) for part in ("train", "test"))
         _require_same_classes(folder, train, test)
         classes = sorted(train)
@@ -127,12 +129,12 @@ def _left_by_system(entry: os.DirEntry) -> bool:
 
 
 def _image_file(path: str, label: int) -> ImageFile:
-    status = os.stat(path)
+    status = Path(path).stat()
     return ImageFile(path, label, status.st_size, status.st_mtime_ns)
 
 
 def _kind(name: str) -> str:
-    return printable(os.path.splitext(name)[1].lower()) or "without ending"
+    return printable(Path(name).suffix.lower()) or "without ending"
 
 
 def _counts(kinds: Counter[str]) -> str:

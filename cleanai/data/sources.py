@@ -23,13 +23,14 @@ DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, too few for the four stages
 
 
 @first_before_others()  # the first process downloads and decodes for all
-def load_images(dataset: str, data_dir: Path, settings: ImageSettings = ImageSettings()) -> Images:
+def load_images(dataset: str, data_dir: Path, settings: ImageSettings | None = None) -> Images:
     """Load a dataset by name, on the CPU.
 
     The first of these that exists: the embedded dataset; an image folder
     `data_dir/<dataset>/{train,test}/<class>/*.{png,jpg}`; torchvision's dataset, downloaded when missing.
     Raises UserError when there is none, an image is broken, or the images do not fit into memory.
     """
+    settings = settings or ImageSettings()
     size = settings.image_size
     require_known_dataset(dataset, data_dir)
     if dataset == EMBEDDED:

@@ -92,7 +92,6 @@ def jpeg(picture):
     return file.getvalue()
 
 
-# fmt: off
 @pytest.mark.parametrize(
     ("name", "picture", "row"),
     [
@@ -108,19 +107,27 @@ def jpeg(picture):
         ("16 bits.pgm", b"P5 8 8 65535\n" + GRAY_16.astype(">u2").tobytes(), [(255,) * 3, (128,) * 3, (1,) * 3]),
         ("16 bits by hand.png", png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes()), [(255,) * 3, (128,) * 3]),
         ("16 bits of colour.png", png(8, 8, 16, 2, COLOUR_16.tobytes()), [(255, 128, 0), (1, 1, 0), (0, 0, 0)]),
-        ("16 bits, one value transparent.png", png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes(), b"\x80\0"),
-         [(255,) * 3, (255,) * 3, (1,) * 3]),
+        (
+            "16 bits, one value transparent.png",
+            png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes(), b"\x80\0"),
+            [(255,) * 3, (255,) * 3, (1,) * 3],
+        ),
         ("16 bits, white is 0.tif", tiff(8, 8, 16, 0, GRAY_16.tobytes()), [(0,) * 3, (127,) * 3, (254,) * 3]),
         ("12 bits.tif", tiff(8, 8, 12, 1, b"\xff\xf8\x00" + bytes(93)), [(255,) * 3, (128,) * 3, (0,) * 3]),
         ("cmyk.jpg", Image.new("RGB", (8, 8), (200, 50, 20)).convert("CMYK"), [(200, 50, 20)]),
-        ("frames.gif", (Image.new("RGB", (8, 8), (1, 2, 3)),
-         {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "white")]}), [(1, 2, 3)]),
+        (
+            "frames.gif",
+            (
+                Image.new("RGB", (8, 8), (1, 2, 3)),
+                {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "white")]},
+            ),
+            [(1, 2, 3)],
+        ),
         ("browser.jfif", jpeg(Image.new("L", (8, 8), 77)), [(77,) * 3]),
         ("UPPER.PNG", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
         ("bitmap.bmp", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
     ],
 )
-# fmt: on
 def test_every_kind_of_picture_becomes_its_colours(tmp_path, name, picture, row):
     path = make_image_folder(tmp_path / "Pets") / "train" / "cat" / f"!{name}"  # before all others
     if isinstance(picture, bytes):
@@ -322,8 +329,9 @@ class TestSize:
 def test_what_systems_leave_in_folders_is_skipped_and_other_files_are_counted(tmp_path, capsys):
     folder = make_image_folder(tmp_path / "Pets")
     expected = load_images("Pets", tmp_path)
+    junk = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "#recycle")
     for place in (folder, folder / "train", folder / "test/cat"):
-        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "#recycle"):
+        for name in junk:
             (place / name / "cat").mkdir(parents=True)
             (place / name / "cat" / "SYNOPHOTO.png").write_bytes(b"no picture")
         for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "~$0.png", "Icon\r"):
@@ -344,7 +352,8 @@ def test_what_systems_leave_in_folders_is_skipped_and_other_files_are_counted(tm
 
 
 def test_names_in_two_unicode_forms_are_one_class(tmp_path):
-    folder, forms = make_image_folder(tmp_path / "Pets"), [unicodedata.normalize(form, "çiçek") for form in ("NFC", "NFD")]
+    folder = make_image_folder(tmp_path / "Pets")
+    forms = [unicodedata.normalize(form, "çiçek") for form in ("NFC", "NFD")]
     for part, form in zip(PARTS, forms):
         (folder / part / "cat").rename(folder / part / form)
     images = load_images("Pets", tmp_path)
