@@ -46,7 +46,10 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[ImageFile], list[Im
         train, test = (_pictures_by_class(folder / part, skipped) for part in ("train", "test"))
         _require_same_classes(folder, train, test)
         classes = sorted(train)
-        files = [[_image_file(path, classes.index(c)) for c in classes for path in part[c]] for part in (train, test)]
+        files = [
+            [_image_file(path, label) for label, name in enumerate(classes) for path in part[name]]
+            for part in (train, test)
+        ]
     except OSError as error:
         raise UserError(
             f"{folder} must hold images in {{train,test}}/<class>/, all of them readable: {printable(one_line(error))}"

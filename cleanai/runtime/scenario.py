@@ -43,6 +43,9 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
     folder = data_dir / dataset
     if dataset == EMBEDDED and folder.is_dir():
         raise UserError(f"{EMBEDDED} is the embedded dataset: give the folder {folder} another name, and use that")
+    too_deep = next(folder.glob("*/train"), None) if dataset and not has_image_folder(dataset, data_dir) else None
+    if too_deep:
+        raise UserError(f"{too_deep.parent} holds {{train,test}}, one folder too deep: move them up into {folder}")
     if dataset == DOWNLOADABLE and folder.is_dir() and not has_image_folder(dataset, data_dir):
         raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there, or remove the folder")
     if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):

@@ -159,13 +159,14 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path, ending):
     assert (pixels == np.stack(expected)).all()
 
 
-def test_damaged_exif_data_cost_no_picture(tmp_path):
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_damaged_exif_data_cost_no_picture(tmp_path, ending):
     folder = make_image_folder(tmp_path / "Pets", per_class=1)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x8769] = 6, "a text", {0x9003: "2026:01:01 00:00:00", 0x829A: 0.5}
     content = exif.tobytes()
-    generator, path = random.Random(0), folder / "train/cat/!.jpg"
-    for _ in range(100):
+    generator, path = random.Random(0), folder / "train/cat" / f"!.{ending}"
+    for _ in range(60):
         damaged = bytearray(content)
         for _ in range(3):
             damaged[generator.randrange(6, len(damaged))] = generator.randrange(256)
@@ -245,8 +246,8 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
     ),
     "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), 'only test has "cat"$'),
     "class of another name": (
-        lambda f: (f / "test/dog").rename(f / "test/Dog "),
-        'only train has "dog" and only test has "Dog ". They differ only in capitals or spaces',
+        lambda f: (f / "test/dog").rename(f / "test/Dog"),
+        'only train has "dog" and only test has "Dog". They differ only in capitals or spaces',
     ),
     "one class": (lambda f: [shutil.rmtree(f / part / "dog") for part in PARTS], "has only one class, cat:"),
     "a folder too many": (
@@ -258,12 +259,16 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
     "train missing": (lambda f: shutil.rmtree(f / "train"), r"Pets.train\b"),
     "part is a file": (lambda f: (shutil.rmtree(f / "test"), (f / "test").write_bytes(b"")), r"Pets.test\b"),
     "loop of links": (
-        lambda f: (f / "train/cat/all").symlink_to(f / "train"),
+        lambda f: (f / "train/cat/all").symlink_to(f / "train", target_is_directory=True),
         r"train.cat.all is a link to a folder that holds it: remove the link",
     ),
-    "link to itself": (lambda f: (f / "train/cat/a").symlink_to("a"), r"train.cat.a\b"),
-    "line break in a name": (lambda f: (f / "train/cat").rename(f / "train/c\nt"), r"train.c\\nt cannot be printed"),
 }
+if sys.platform != "win32":
+    BAD_FOLDERS["link to itself"] = (lambda f: (f / "train/cat/a").symlink_to("a"), r"train.cat.a\b")
+    BAD_FOLDERS["line break in a name"] = (
+        lambda f: (f / "train/cat").rename(f / "train/c\nt"),
+        r"train.c\\nt cannot be printed",
+    )
 
 
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
@@ -277,6 +282,13 @@ def test_a_bad_image_folder_is_named_in_one_line(tmp_path, fault):
             load_images("Pets", tmp_path)
         assert "\n" not in str(error.value)
         assert str(tmp_path) in str(error.value)
+
+
+def test_more_images_than_the_machine_has_memory_for_are_refused(tmp_path, monkeypatch):
+    make_image_folder(tmp_path / "Pets", size=(300, 300))
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000, raising=False)  # pages, and bytes of each
+    with pytest.raises(UserError, match=r"Pets: 8 images of 300 x 300 pixels take 0\.0 GiB, more memory than there is"):
+        load_images("Pets", tmp_path)
 
 
 @pytest.mark.parametrize("dataset", ["Pets", "Digits"])
@@ -334,7 +346,14 @@ def test_what_systems_leave_in_folders_is_skipped_and_other_files_are_counted(tm
         for name in junk:
             (place / name / "cat").mkdir(parents=True)
             (place / name / "cat" / "SYNOPHOTO.png").write_bytes(b"no picture")
-        for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "~$0.png", "Icon\r"):
+        for name in (
+            "._0.png",
+            ".DS_Store",
+            "Thumbs.db",
+            "desktop.ini",
+            "~$0.png",
+            *(["Icon\r"] * (sys.platform != "win32")),
+        ):
             (place / name).write_bytes(b"no picture")
     images = load_images("Pets", tmp_path)
     assert torch.equal(images.train.pixels, expected.train.pixels)
@@ -382,11 +401,19 @@ def test_names_that_are_not_utf8_are_refused_for_classes_only(tmp_path, capsys):
         load_images("Pets", tmp_path)
 
 
-@pytest.mark.parametrize("dataset", ["Digits", "CIFAR10"])
-def test_a_folder_that_would_be_ignored_is_refused(tmp_path, dataset):
+def test_a_dataset_one_folder_too_deep_is_named(tmp_path):
+    make_image_folder(tmp_path / "Pets" / "Pets v2")
+    with pytest.raises(
+        UserError, match=r"Pets v2 holds \{train,test\}, one folder too deep: move them up into .*Pets$"
+    ):
+        load_images("Pets", tmp_path)
+
+
+@pytest.mark.parametrize(("dataset", "advice"), [("Digits", "another name"), ("CIFAR10", "holds no images")])
+def test_a_folder_that_would_be_ignored_is_refused(tmp_path, dataset, advice):
     (make_image_folder(tmp_path / dataset) / "test").rename(tmp_path / dataset / "Test")
     (tmp_path / dataset / "train").rename(tmp_path / dataset / "Train")
-    with pytest.raises(UserError, match=dataset) as error:
+    with pytest.raises(UserError, match=advice) as error:
         load_images(dataset, tmp_path)
     assert str(tmp_path / dataset) in str(error.value)
 

@@ -74,6 +74,7 @@ def test_images_are_shifted_by_a_share_of_their_height_at_most(shift, reach):
     black = moved.eq(0).all(1)  # the borders; no pixel of these pictures is black
     assert black.all(2).sum(1).max() == black.all(1).sum(1).max() == reach
     assert torch.equal(moved, pictures.pixels) == (reach == 0)
+    assert replace(_pictures(1, size=100), shift=0.29).reach == 29  # 0.29 * 100 is a little less
 
 
 @pytest.mark.parametrize(
