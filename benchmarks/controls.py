@@ -16,6 +16,7 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
+from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
@@ -45,8 +46,9 @@ def main() -> None:
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)
-    images = load_images(args.dataset, args.data_dir).with_train_samples(config["train_samples"], settings.seed)
-    images = images.to(compute.device)
+    read_as = ImageSettings.of(next(iter(records.values()))["prepared_with"])
+    images = load_images(args.dataset, args.data_dir, read_as)
+    images = images.with_train_samples(config["train_samples"], settings.seed).to(compute.device)
     _, heldout = images.calibration_split(config["calibration_batches"] * settings.batch_size, settings.seed)
 
     path = FOLDER / f"{preparation.name}.csv"

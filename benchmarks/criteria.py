@@ -20,6 +20,7 @@ from reportlab.graphics.shapes import Drawing
 from rows import known_rows, write_rows
 
 from cleanai import cli
+from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
@@ -61,8 +62,9 @@ def main() -> None:
     scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
-    images = load_images(args.dataset, args.data_dir).to(compute.device)
+    prepared = load_checkpoint(scenario.fine_tuned)
+    original = compute.place(network_from(prepared, scenario.fine_tuned))
+    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"])).to(compute.device)
     pool, heldout = images.calibration_split(len(images.test), seed=0)  # a quarter of the test images is held out
     test = images.test.select(heldout).sample(args.test_samples, seed=0)
     before = evaluate(original, test, compute).accuracy_percent

@@ -14,6 +14,7 @@ import copy
 import torch
 
 from cleanai import cli
+from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.measure.latency import time_networks
@@ -38,8 +39,9 @@ def main() -> None:
     scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    original = compute.place(network_from(load_checkpoint(scenario.fine_tuned), scenario.fine_tuned))
-    images = load_images(args.dataset, args.data_dir).to(compute.device)
+    prepared = load_checkpoint(scenario.fine_tuned)
+    original = compute.place(network_from(prepared, scenario.fine_tuned))
+    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"])).to(compute.device)
     pictures, _ = images.calibration_split(args.calibration_batches * 128, seed=0)
 
     networks = {name: copy.deepcopy(original) for name in COPIES}

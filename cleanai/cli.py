@@ -16,12 +16,14 @@ from typing import Any, Callable, NoReturn
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.files import file_digest
-from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT
+from cleanai.runtime.files import file_digest, printable
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, EMBEDDED, PROJECT, usual_flip
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if re.search("unrecognized arguments: .*--(image-size|flip|shift)", message):
+            message += ": give it to script 1, and this script will do the same"
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -76,6 +78,8 @@ def _dataset(text: str) -> str:
 
 
 def _folder(text: str) -> Path:
+    if printable(text) != text:  # a record could not hold it
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a name that can be printed: rename it")
     return Path(text).expanduser()  # a shell leaves --data-dir=~/images as it is
 
 
@@ -94,6 +98,21 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "dataset": {
         "type": _dataset,
         "help": "CIFAR10 (downloaded), Digits (embedded, small), or an image folder in --data-dir",
+    },
+    "image_size": {
+        "type": _whole(1),
+        "help": "resize the shorter side of each image to that many pixels and crop the longer one to its middle; "
+        "scripts 2, 3 and 5 take it, --flip and --shift from the network of script 1",
+    },
+    "flip": {
+        "choices": ("auto", "none", "horizontal"),
+        "help": "horizontal mirrors training images at random, also those of the repair after pruning; none for images "
+        "that a mirror makes wrong, such as text; auto is none for Digits and horizontal for others",
+    },
+    "shift": {
+        "type": _between(0, 1, "low"),
+        "help": "largest random shift of training images, also of those of the repair, as a share of their height; "
+        "0 turns it off",
     },
     "weights": {
         "type": _weights,
@@ -143,7 +162,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "after each step: full adjusts the following layers by least squares and recalibrates batch norm, bn "
         "only recalibrates batch norm, none does nothing",
     },
-    "repair_batches": {"type": _whole(1), "help": "batches of training images for the repair; labels are not used"},
+    "repair_batches": {
+        "type": _whole(1),
+        "help": "batches of training images for the repair, or as many as "
+        "take about 3 GiB of memory; labels are not used",
+    },
     "calibration_batches": {
         "type": _whole(1),
         "help": "batches of test images to score channels on; at most three quarters of the test images are used",
@@ -195,6 +218,7 @@ _COME_WITH = {
 _DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),
     **dict.fromkeys(("mean", "std"), "of the training images"),
+    "image_size": "as the files are",
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
@@ -255,6 +279,10 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
                 f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
                 f"pip install {' '.join(missing)}"
             )
+    if "flip" in settings:
+        if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
+            parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")
+        args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):
         parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} are not rising")
     if "weights" in settings and args.epochs == 0 and not isinstance(args.weights, Path):

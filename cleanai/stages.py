@@ -89,7 +89,8 @@ class Run:
     images: Images
     facts: dict[str, Any]
     prepared: dict[str, Any] = field(default_factory=dict)  # the checkpoint of the preparing script
-    split: Split = field(init=False)  # of the test images; set by `load_original`
+    split: Split = field(init=False)  # of the test images; set by `load_original`, as the next one
+    repair_images: int = field(init=False)  # training images for the repair
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def load_original(self) -> nn.Module:
@@ -98,20 +99,27 @@ class Run:
         from cleanai.network.models import network_from
 
         scenario, args = self.scenario, self.args
-        self.prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
-        normalisation = {name: self.prepared[name] for name in ("mean", "std")}
-        self.images = self.images.normalised_by(**normalisation)
-        self.facts.update(normalisation)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
         self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
         print(
             f"Calibration uses {len(self.split.calibration):,} test images; "
             f"the other {len(self.split.heldout):,} are held out"
         )
+        self.repair_images = self._count_repair_images(original)
         if args.fresh:
             scenario.remove_outputs()
         return original
+
+    def _count_repair_images(self, network: nn.Module) -> int:
+        from cleanai.pruning.repair import REPAIR_BYTES, most_images
+
+        requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
+        count = min(requested, there, most_images(network, next(self.images.train.batches(1))[0]))
+        if count < requested:
+            why = "there are no more" if count == there else f"more would take over {REPAIR_BYTES >> 30} GiB of memory"
+            print(f"The repair uses {count:,} training images, not {requested:,}: {why}")
+        return count
 
     def evaluate(self, name: str, network: nn.Module) -> None:
         """Evaluate a network on all test images and print its accuracy."""
@@ -125,8 +133,7 @@ class Run:
         """The images for pruning."""
         from cleanai.pruning.pruner import PruneImages
 
-        count = self.args.repair_batches * self.args.batch_size
-        return PruneImages(self.split.calibration, self.images.repair_sample(count, self.args.seed))
+        return PruneImages(self.split.calibration, self.images.repair_sample(self.repair_images, self.args.seed))
 
     @property
     def prune_settings(self) -> PruneSettings:
@@ -208,17 +215,24 @@ class Run:
 
 
 def open_run(scenario: Scenario, args: Options) -> Run:
-    """Choose the device, print it, and load the images."""
+    """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
+    from cleanai.data.images import ImageSettings
     from cleanai.data.sources import load_images
     from cleanai.measure.provenance import checkpoint_facts
     from cleanai.runtime.compute import choose_compute
 
+    if getattr(args, "weights", "none") not in ("imagenet", "none"):
+        scenario.refuse_own_file(args.weights)
     compute = choose_compute(args.device, args.precision, args.deterministic)
     if "timing_seconds" in args:
         compute = replace(compute, timing_s=args.timing_seconds)
     print(compute.description)
-    images = load_images(args.dataset, args.data_dir)
-    if "mean" in args:
-        images = images.normalised_by(args.mean, args.std)
+    prepared = {}
+    if scenario.method:
+        prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
+    settings = ImageSettings.of(prepared["config"] if prepared else args.config)
+    images = load_images(args.dataset, args.data_dir, settings)
+    images = images.normalised_by(*((prepared["mean"], prepared["std"]) if prepared else (args.mean, args.std)))
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
-    return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config))
+    print(f"Training images are {images.augmentation}")
+    return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config), prepared)

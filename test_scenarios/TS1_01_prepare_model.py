@@ -21,6 +21,9 @@ SCENARIO = "TS1"
 MODEL = "ResNet18"
 SETTINGS = {  # each is also an option: --batch-size, --weight-decay, ...
     "dataset": "CIFAR10",
+    "image_size": None,  # as the files are; or a side in pixels, for example 224
+    "flip": "auto",  # mirrored at random, except Digits; "none" for pictures such as text
+    "shift": 0.125,  # at random by up to an eighth of the height
     "weights": "imagenet",  # or "none", or a file
     "mean": None,  # of the training images
     "std": None,
@@ -58,8 +61,6 @@ def prepare(scenario, args):
     from cleanai.runtime.distributed import end_all_but_first
 
     # Load: the device, the images, and the network with the weights that it starts from.
-    if args.weights not in ("imagenet", "none"):
-        scenario.refuse_own_file(args.weights)
     run = stages.open_run(scenario, args)
     torch.manual_seed(args.seed)  # for the layers without pretrained weights
     network = build(MODEL, len(run.images.classes))
@@ -76,15 +77,13 @@ def prepare(scenario, args):
     end_all_but_first()  # of several processes, as torchrun starts them
 
     # Report: before and after.
-    before, parameters = run.evaluations["before fine-tuning"], count_parameters(network)
-    return {
-        **run.description(),
-        "models": {
-            "before": {"accuracy_percent": before.accuracy_percent, "loss": before.loss, **parameters},
-            "after": {"accuracy_percent": after.accuracy_percent, "loss": after.loss, **parameters},
-        },
-        "history": history,
+    evaluations = {"before": run.evaluations["before fine-tuning"], "after": after}
+    parameters = count_parameters(network)
+    models = {
+        name: {"accuracy_percent": measured.accuracy_percent, "loss": measured.loss, **parameters}
+        for name, measured in evaluations.items()
     }
+    return {**run.description(), "models": models, "history": history}
 
 
 if __name__ == "__main__":

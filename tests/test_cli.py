@@ -33,7 +33,8 @@ def test_help_explains_every_option_with_its_default(script):
     for name, default in settings.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         if default is None:
-            shown = "of the training images" if name in ("mean", "std") else "all"
+            shown = {"image_size": "as the files are", "mean": "of the training images"}.get(name, "all")
+            shown = "of the training images" if name == "std" else shown
         assert described["--" + name.replace("_", "-")].endswith(f"(default: {shown})")
     for option, text in described.items():
         assert len(text.split()) >= 4, f"{option} is not explained"
@@ -75,6 +76,9 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
+        (0, ["--shift", "1"], "--shift: 1 "),
+        (0, ["--dataset", "Digits", "--flip", "horizontal"], "--flip: Digits are never mirrored"),
+        (2, ["--image-size", "32"], "--image-size 32: give it to script 1"),
         (0, ["--dataset", "C:\\images"], "--dataset: C:\\images is not a name of letters, digits, _ and -"),
         (1, ["--dataset", "../CIFAR10"], "--dataset: ../CIFAR10 "),
     ],
@@ -180,3 +184,11 @@ def test_the_macs_follow_the_parameters_unless_given(monkeypatch, options, expec
     args = cli.parse("A scenario.", {"ratio": 0.2, "macs_ratio": "same"})
     assert (args.ratio, args.macs_ratio) == expected
     assert args.config == {"ratio": expected[0], "macs_ratio": expected[1]}
+
+
+@pytest.mark.parametrize(
+    ("options", "flip"), [([], "horizontal"), (["--flip", "none"], "none"), (["--dataset", "Digits"], "none")]
+)
+def test_the_config_says_whether_images_are_mirrored(monkeypatch, options, flip):
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    assert cli.parse("A scenario.", {"dataset": "Pets", "flip": "auto"}).config["flip"] == flip

@@ -2,127 +2,141 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from PIL import Image, ImageOps
 
 from cleanai import UserError
-from cleanai.runtime.files import one_line, remove_leftovers, replacing
+from cleanai.data.images import empty_pixels
+from cleanai.data.listing import ImageFile, list_image_folder
+from cleanai.runtime.files import one_line, printable, remove_leftovers, replacing
 from cleanai.runtime.progress import progress
 
-CACHE_VERSION = 1  # raise it when the layout or the decoding changes
+CACHE_VERSION = 2  # raise it when the layout or the decoding changes
+ORIENTATION = 0x0112  # in EXIF; how to turn the stored pixels for each value but 1
+TURNS = {
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
+USUAL_SIDE = 224  # pixels, of most published networks
 # What Pillow raises on files that are no images, are damaged, or are far too large.
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 BROKEN = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, *BOMBS)
 
 
-class _File(NamedTuple):
-    path: str
-    label: int
-    size: int  # bytes
-    changed_ns: int
-
-
-def read_image_folder(folder: Path) -> tuple[tuple, tuple, list[str]]:
+def read_image_folder(folder: Path, image_size: int | None = None) -> tuple[tuple, tuple, list[str]]:
     """Pixels (N, 3, H, W) uint8 and labels (N,) of `folder/train` and of `folder/test`, and the names of the classes.
 
-    The pixels are kept in `<folder>.cache`. It is used when it is intact and the folder still holds the same files:
-    the same names, sizes and times of change. Raises UserError when the folder has other parts, classes or files than
-    it should, or an image is broken.
+    With `image_size` the shorter side of each picture becomes that many pixels, and the middle of the longer one is
+    kept. The pixels are kept in `<folder>.cache`. It is used when it is intact, for that size, and the folder still
+    holds the same files: the same names, sizes and times of change. Raises UserError when the folder has other parts,
+    classes or files than it should, an image is broken, or the images do not fit into memory.
     """
-    (classes, train), (test_classes, test) = (_list_images(folder / part) for part in ("train", "test"))
-    different = sorted({*classes} ^ {*test_classes})
-    if different:
-        raise UserError(
-            f"{folder}: train and test must have the same class folders; only one of them has {', '.join(different)}"
-        )
+    classes, train, test = list_image_folder(folder)
     files, cache = [*train, *test], folder.with_name(f"{folder.name}.cache")
     remove_leftovers(cache)
-    listing = _fingerprint(files, folder)
+    listing = _fingerprint(files, folder, image_size)
     pixels = _read_cache(cache, listing, len(files))
     if pixels is None:
-        pixels = _decode(files, folder)
+        pixels = _decode(files, folder, image_size)
         _write_cache(cache, listing, pixels)
     images, labels = torch.from_numpy(pixels), torch.tensor([file.label for file in files])
     return (images[: len(train)], labels[: len(train)]), (images[len(train) :], labels[len(train) :]), classes
 
 
-def _list_images(part: Path) -> tuple[list[str], list[_File]]:
-    """The classes and the image files of `part`, both sorted by name."""
-    try:
-        classes, labels = find_classes(str(part))
-        found = make_dataset(str(part), labels, is_valid_file=_is_image)
-        stats = [Path(path).stat() for path, _ in found]
-    except OSError as error:
-        raise UserError(f"{part} must hold images in class folders: {one_line(error)}") from error
-    return classes, [_File(path, label, stat.st_size, stat.st_mtime_ns) for (path, label), stat in zip(found, stats)]
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(IMG_EXTENSIONS) and (Path(path).is_file() or Path(path).is_symlink())  # no pipes
-
-
-def _fingerprint(files: list[_File], folder: Path) -> str:
+def _fingerprint(files: list[ImageFile], folder: Path, image_size: int | None) -> str:
     names = len(str(folder))
     listing = [(file.path[names:], file.size, file.changed_ns) for file in files]
-    decoder = [CACHE_VERSION, PIL.__version__]
+    decoder = [CACHE_VERSION, PIL.__version__, image_size]
     return hashlib.sha256(json.dumps([decoder, listing]).encode("ascii")).hexdigest()
 
 
-def _decode(files: list[_File], folder: Path) -> np.ndarray:
-    pixels, first = None, (0, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for number, file in enumerate(progress(files, f"Reading {folder.name}", "image")):
-            try:
-                with Image.open(file.path) as image:
-                    size = image.size
-                    decoded = _rgb(image) if number == 0 or size == first else None
-            except BROKEN as error:
-                raise UserError(f"Broken image file: {file.path} ({one_line(error)}). Replace or remove it") from error
-            if decoded is None:
-                raise UserError(
-                    "{} is {} x {} pixels and the first image is {} x {}: all images must have one size".format(
-                        file.path, *size, *first
-                    )
-                )
-            if pixels is None:
-                pixels, first = _room_for(len(files), size, folder), size
-            pixels[number] = np.asarray(decoded).transpose(2, 0, 1)
+def _decode(files: list[ImageFile], folder: Path, image_size: int | None) -> np.ndarray:
+    pixels = empty_pixels(str(folder), len(files), image_size, image_size) if image_size else None
+    for number, file in enumerate(progress(files, f"Reading {folder.name}", "image")):
+        picture = _read(file.path)
+        if image_size:
+            picture = ImageOps.fit(picture, (image_size, image_size), Image.BILINEAR)
+        if pixels is None:
+            pixels = empty_pixels(str(folder), len(files), picture.height, picture.width)
+        height, width = pixels.shape[2:]
+        if picture.size != (width, height):
+            raise UserError(
+                f"{printable(file.path)} is {picture.width} x {picture.height} pixels and the first image is {width} x "
+                f"{height}: all must have one size. Script 1 resizes and crops them with --image-size "
+                f"{_fitting_size(files)}, for example"
+            )
+        pixels[number] = np.asarray(picture).transpose(2, 0, 1)
     return pixels
 
 
-def _room_for(count: int, size: tuple[int, int], folder: Path) -> np.ndarray:
-    width, height = size
+def _fitting_size(files: list[ImageFile]) -> int:
+    """The shorter side that nine tenths of the pictures have at least; at most `USUAL_SIDE`."""
+    sides = []
+    for file in files:
+        with contextlib.suppress(*BROKEN), Image.open(file.path) as image:  # only its header is read
+            sides.append(min(image.size))
+    return min(USUAL_SIDE, sorted(sides)[len(sides) // 10])
+
+
+def _read(path: str) -> Image.Image:
     try:
-        return np.empty((count, 3, height, width), dtype=np.uint8)
-    except MemoryError as error:
-        gib = count * 3 * height * width / 2**30
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that are not used
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _rgb(image)
+    except BROKEN as error:
         raise UserError(
-            f"{folder}: {count:,} images of {width} x {height} pixels take {gib:,.0f} GiB, more memory than there is: "
-            "make them smaller"
+            f"Broken image file: {printable(path)} ({printable(one_line(error))}). Replace or remove it"
         ) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The picture with three channels of 8 bits. 16-bit values keep their upper 8 bits; transparent becomes white."""
+    """The picture upright, with three channels of 8 bits. Of more bits the upper 8 are kept; transparent becomes white.
+
+    Of several frames the first is read. Colour profiles and gamma are not applied.
+    """
     image.load()
+    turn = TURNS.get(_orientation(image))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow would clip 16-bit grayscale at 255. Of 16-bit colours it takes the upper half itself.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _gray_of_8_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError("32-bit images are not supported: save it with 8 bits per channel")
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _gray_of_8_bits(image: Image.Image) -> Image.Image:
+    """A picture of 12 or 16 bits. Pillow would clip it at 255; of 16-bit colours it takes the upper half itself."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is the number of bits, 262 is 0 where white is 0
+    values = np.asarray(image)
+    gray = (values >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)
+    gray = 255 - gray if tags.get(262) == 0 else gray
+    gray[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(gray)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8. ImageOps.exif_transpose reads it, too, but fails on damaged other EXIF data."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises anything; programs show such a picture as it is stored
+        return 1
 
 
 def _read_cache(cache: Path, listing: str, count: int) -> np.ndarray | None:
@@ -131,7 +145,7 @@ def _read_cache(cache: Path, listing: str, count: int) -> np.ndarray | None:
         with cache.open("rb") as file:
             header = json.loads(file.readline(1000))  # it is shorter; a damaged file may be one long line
             if header["listing"] != listing:
-                print(f"The images have changed since {cache} was written: decoding them again")
+                print(f"The images or --image-size have changed since {cache} was written: decoding them again")
                 return None
             pixels = np.fromfile(file, dtype=np.uint8)
         if header != _header(listing, header["size"], pixels):

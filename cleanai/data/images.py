@@ -6,10 +6,12 @@ and on a GPU that would otherwise wait for its data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,13 +21,35 @@ from cleanai.runtime.progress import progress
 
 
 @dataclass(frozen=True)
+class ImageSettings:
+    """How images are read and augmented: settings of script 1, which the other scripts take from its network.
+
+    `image_size`: each side in pixels; None as the files are. `flip`: "horizontal", "none", or None for what suits the
+    dataset. `shift`: the largest random shift as a share of the height.
+    """
+
+    image_size: int | None = None
+    flip: str | None = None
+    shift: float = 1 / 8
+
+    @staticmethod
+    def of(config: dict[str, Any]) -> ImageSettings:
+        """The settings in the config of script 1's run; those it lacks are the defaults."""
+        return ImageSettings(**{each.name: config[each.name] for each in fields(ImageSettings) if each.name in config})
+
+
+@dataclass(frozen=True)
 class ImageSet:
-    """Pixels (N, 3, H, W) uint8 and labels (N,) int64 on one device, with the channel means and deviations (3,)."""
+    """Pixels (N, 3, H, W) uint8 and labels (N,) int64 on one device, with the channel means and deviations (3,).
+
+    `shift`: the largest random shift of augmentation, as a share of the height.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+    shift: float = 1 / 8
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +65,13 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """The same images on another device."""
-        return ImageSet(*(tensor.to(device) for tensor in (self.pixels, self.labels, self.mean, self.std)))
+        tensors = {name: getattr(self, name).to(device) for name in ("pixels", "labels", "mean", "std")}
+        return replace(self, **tensors)
+
+    @property
+    def reach(self) -> int:
+        """The largest shift of augmentation in pixels."""
+        return int(self.pixels.shape[-2] * self.shift + 1e-9)
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield normalised inputs (B, 3, H, W) in channels-last memory, and labels (B,), in order."""
@@ -68,7 +98,7 @@ class ImageSet:
         rows = torch.arange(height, device=device) + down  # (N, H)
         columns = torch.arange(width, device=device)
         columns = torch.where(flipped > 0, width - 1 - columns, columns) + right  # (N, W)
-        padded = F.pad(self.pixels, (_reach(height),) * 4)
+        padded = F.pad(self.pixels, (self.reach,) * 4)
         image = torch.arange(len(self), device=device)
         # Indices around a slice put the channels last: (N, H, W, 3), the memory order that convolutions are fastest in.
         pixels = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
@@ -77,10 +107,10 @@ class ImageSet:
     def draw_moves(self, count: int, mirror: bool, generator: torch.Generator) -> torch.Tensor:
         """Random shifts and flips for `count` images: (count, 3) int64, pixels down, pixels right, 1 for a flip.
 
-        A shift is at most an eighth of the image's side. `generator` is on the CPU, so that every device gets the same
+        No shift is larger than `reach`. `generator` is on the CPU, so that every device gets the same
         random numbers, in one transfer.
         """
-        shifts = torch.randint(0, 2 * _reach(self.pixels.shape[-2]) + 1, (count, 2), generator=generator)
+        shifts = torch.randint(0, 2 * self.reach + 1, (count, 2), generator=generator)
         flips = torch.randint(0, 2, (count, 1), generator=generator) if mirror else torch.zeros(count, 1).long()
         return torch.cat([shifts, flips], 1).to(self.pixels.device)
 
@@ -117,6 +147,13 @@ class Images:
             raise UserError(f"--train-samples {count:,}: there are only {len(self.train):,} training images")
         return replace(self, train=self.train.sample(count, seed))
 
+    @property
+    def augmentation(self) -> str:
+        """How training images are augmented, in words."""
+        pixels = self.train.reach
+        shifted = f"shifted at random by up to {pixels} pixel{'' if pixels == 1 else 's'}" if pixels else "not shifted"
+        return f"{shifted}, {'and mirrored at random' if self.mirror else 'and not mirrored'}"
+
     def repair_sample(self, count: int, seed: int) -> ImageSet:
         """`count` training images, balanced over the classes, augmented as in training.
 
@@ -144,8 +181,19 @@ class Images:
         return self.test.select(order[:count]), order[count:]
 
 
-def _reach(side: int) -> int:
-    return side // 8  # pixels: 4 of CIFAR-10's 32
+def empty_pixels(name: str, count: int, height: int, width: int) -> np.ndarray:
+    """Room for the pixels (N, 3, H, W) uint8 of the dataset `name`. UserError when the machine has less memory."""
+    gib = count * 3 * height * width / 2**30
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else gib
+    try:
+        if gib > memory_gib:
+            raise MemoryError
+        return np.empty((count, 3, height, width), dtype=np.uint8)
+    except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+        raise UserError(
+            f"{name}: {count:,} images of {width} x {height} pixels take {gib:,.1f} GiB, more memory than there is: "
+            "use a smaller --image-size (an option of script 1), or fewer images"
+        ) from error
 
 
 def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:

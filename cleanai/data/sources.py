@@ -9,44 +9,61 @@ import torch
 import torch.nn.functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import resize
 
 from cleanai import UserError
 from cleanai.data.image_folder import read_image_folder
-from cleanai.data.images import Images, ImageSet, balanced_order
+from cleanai.data.images import Images, ImageSet, ImageSettings, balanced_order, empty_pixels
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import one_line, remove_leftovers, write_bytes
-from cleanai.runtime.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset
+from cleanai.runtime.scenario import DOWNLOADABLE, EMBEDDED, has_image_folder, require_known_dataset, usual_flip
 
 DIGITS_SIZE = 16  # pixels; the originals are 8 x 8, too few for the four stages of a ResNet
 
 
 @first_before_others()  # the first process downloads and decodes for all
-def load_images(dataset: str, data_dir: Path) -> Images:
+def load_images(dataset: str, data_dir: Path, settings: ImageSettings | None = None) -> Images:
     """Load a dataset by name, on the CPU.
 
     The first of these that exists: the embedded dataset; an image folder
     `data_dir/<dataset>/{train,test}/<class>/*.{png,jpg}`; torchvision's dataset, downloaded when missing.
-    Raises UserError when there is none, or an image is broken.
+    Raises UserError when there is none, an image is broken, or the images do not fit into memory.
     """
+    settings = settings or ImageSettings()
+    size = settings.image_size
     require_known_dataset(dataset, data_dir)
     if dataset == EMBEDDED:
         train, test, classes = _digits()
         source = "scikit-learn's handwritten digits (embedded)"
     elif has_image_folder(dataset, data_dir):
-        train, test, classes = read_image_folder(data_dir / dataset)
+        train, test, classes = read_image_folder(data_dir / dataset, size)
         source = "image folder"
     else:
         train, test, classes = _cifar10(data_dir)
         source = "torchvision.datasets.CIFAR10"
+    if size:
+        if train[0].shape[-1] != size:
+            train, test = _resized(dataset, train, test, size)
+        source += f", resized to {size} x {size} pixels"
     mean, std = _channel_statistics(train[0])
     return Images(
-        train=ImageSet(*train, mean, std),
-        test=ImageSet(*test, mean, std),
+        train=ImageSet(*train, mean, std, settings.shift),
+        test=ImageSet(*test, mean, std, settings.shift),
         classes=classes,
-        mirror=dataset != EMBEDDED,
+        mirror=(settings.flip or usual_flip(dataset)) == "horizontal",
         source=source,
     )
+
+
+def _resized(dataset: str, train: tuple, test: tuple, side: int) -> tuple[tuple, tuple]:
+    """Both parts, pixels (N, 3, H, H) and labels, with that side. A few at a time: in between they are float32."""
+    pixels = torch.from_numpy(empty_pixels(dataset, len(train[0]) + len(test[0]), side, side))
+    parts = pixels.split([len(train[0]), len(test[0])])
+    for target, (source, _) in zip(parts, (train, test)):
+        for start in range(0, len(source), 100):
+            target[start : start + 100] = resize(source[start : start + 100], [side, side], antialias=True)
+    return (parts[0], train[1]), (parts[1], test[1])
 
 
 def _digits() -> tuple[tuple, tuple, list[str]]:

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from cleanai import UserError
+from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.measure.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
 from cleanai.network.models import load_network
+from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.distributed import end_all_but_first
 from cleanai.runtime.files import write_bytes
@@ -60,7 +62,8 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
     compute = choose_compute("cpu", "float32")
     end_all_but_first()
     networks = {name: load_network(path) for name, path in scenario.networks.items()}
-    test = load_images(scenario.dataset, data_dir).test.sample(CHECKED_IMAGES, seed=0)
+    settings = ImageSettings.of(load_checkpoint(scenario.fine_tuned)["config"])
+    test = load_images(scenario.dataset, data_dir, settings).test.sample(CHECKED_IMAGES, seed=0)
     images = next(test.batches(CHECKED_IMAGES))[0]
 
     difference = export_onnx(networks["fine_tuned"], images, scenario.exported)

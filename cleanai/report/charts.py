@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Callable, Iterable, List, Sequence, Tuple
 
-import reportlab
 from reportlab.graphics import renderSVG
 from reportlab.graphics.charts.barcharts import VerticalBarChart
 from reportlab.graphics.charts.legends import Legend
@@ -19,16 +17,11 @@ from reportlab.lib import colors
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.units import mm
 from reportlab.lib.validators import Auto
-from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.pdfmetrics import stringWidth
-from reportlab.pdfbase.ttfonts import TTFont
 
+from cleanai.report.fonts import FONT
 from cleanai.report.wording import Record
 
-# Fonts that come with reportlab and, unlike the PDF standard ones, have the Turkish letters.
-FONT, BOLD = "Vera", "VeraBd"
-for _name in (FONT, BOLD):
-    pdfmetrics.registerFont(TTFont(_name, str(Path(reportlab.__file__).parent / "fonts" / f"{_name}.ttf")))
 DARK, LIGHT, GREY = colors.HexColor("#1d4e79"), colors.HexColor("#f0a030"), colors.HexColor("#666666")
 LINES = colors.HexColor("#dddddd")
 MARGIN = 18 * mm

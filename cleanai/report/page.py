@@ -13,7 +13,8 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
 from reportlab.platypus import Flowable, Image, KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
-from cleanai.report.charts import BOLD, DARK, FONT, GREY, LINES, MARGIN, PADDING, WIDTH
+from cleanai.report.charts import DARK, GREY, LINES, MARGIN, PADDING, WIDTH
+from cleanai.report.fonts import BOLD, FONT
 
 _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12, spaceBefore=4)
 _LEAD = ParagraphStyle("lead", parent=_TEXT, fontSize=10, leading=14, spaceAfter=3)

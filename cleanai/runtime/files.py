@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import time
+import unicodedata
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
@@ -91,6 +92,12 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         f"{path} cannot be written ({error.strerror or error}). Every earlier file is intact: solve that and run the "
         "same command again, or use another --checkpoints-dir"
     )
+
+
+def printable(name: str) -> str:
+    """A name from the file system; what would break a line, or is no UTF-8, as escapes."""
+    broken = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in broken else c for c in name)
 
 
 def one_line(error: BaseException) -> str:

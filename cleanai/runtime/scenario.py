@@ -33,8 +33,21 @@ def has_image_folder(dataset: str, data_dir: Path) -> bool:
     return bool(re.fullmatch(r"[\w-]+", dataset)) and any((folder / part).is_dir() for part in ("train", "test"))
 
 
+def usual_flip(dataset: str) -> str:
+    """Whether training images are mirrored, unless asked otherwise: a mirrored digit is not a digit."""
+    return "none" if dataset == EMBEDDED else "horizontal"
+
+
 def require_known_dataset(dataset: str, data_dir: Path) -> None:
-    """Raise UserError when there is no source of images with that name."""
+    """Raise UserError when there is no source of images with that name, or a folder with that name would be ignored."""
+    folder = data_dir / dataset
+    if dataset == EMBEDDED and folder.is_dir():
+        raise UserError(f"{EMBEDDED} is the embedded dataset: give the folder {folder} another name, and use that")
+    too_deep = next(folder.glob("*/train"), None) if dataset and not has_image_folder(dataset, data_dir) else None
+    if too_deep:
+        raise UserError(f"{too_deep.parent} holds {{train,test}}, one folder too deep: move them up into {folder}")
+    if dataset == DOWNLOADABLE and folder.is_dir() and not has_image_folder(dataset, data_dir):
+        raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there, or remove the folder")
     if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):
         raise UserError(
             f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "

@@ -1,24 +1,28 @@
 """Folders of images: every kind of picture, what is wrong with a folder, and the cache beside it."""
 
+import io
 import os
 import pickle
 import random
 import shutil
 import struct
+import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cleanai import UserError
+from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from tests.helpers import copy_real_images, ended, make_image_folder, needs_real_images, started
 
 
-def png(width, height, bits, kind, rows=b""):
+def png(width, height, bits, kind, rows=b"", transparent=b""):
     """A PNG file made by hand: `kind` is 0 for gray and 2 for colour, `rows` the unfiltered bytes of the pixels."""
 
     def chunk(name, content):
@@ -27,7 +31,15 @@ def png(width, height, bits, kind, rows=b""):
     length = len(rows) // height
     lines = b"".join(b"\0" + rows[start : start + length] for start in range(0, len(rows), length or 1))
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks if each != (b"tRNS", b""))
+
+
+def tiff(width, height, bits, white, content):
+    """A grayscale TIFF file made by hand; `white` is 0 where the value 0 is white, else 1."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: height, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def test_an_image_folder_is_read_by_class(tmp_path):
@@ -73,6 +85,13 @@ COLOUR_16 = np.zeros((8, 8, 3), dtype=">u2")
 COLOUR_16[0, :2] = (65535, 32768, 255), (256, 511, 0)
 
 
+def jpeg(picture):
+    """A picture as JPEG, without loss where it is of one colour."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=100)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "picture", "row"),
     [
@@ -88,6 +107,23 @@ COLOUR_16[0, :2] = (65535, 32768, 255), (256, 511, 0)
         ("16 bits.pgm", b"P5 8 8 65535\n" + GRAY_16.astype(">u2").tobytes(), [(255,) * 3, (128,) * 3, (1,) * 3]),
         ("16 bits by hand.png", png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes()), [(255,) * 3, (128,) * 3]),
         ("16 bits of colour.png", png(8, 8, 16, 2, COLOUR_16.tobytes()), [(255, 128, 0), (1, 1, 0), (0, 0, 0)]),
+        (
+            "16 bits, one value transparent.png",
+            png(8, 8, 16, 0, GRAY_16.astype(">u2").tobytes(), b"\x80\0"),
+            [(255,) * 3, (255,) * 3, (1,) * 3],
+        ),
+        ("16 bits, white is 0.tif", tiff(8, 8, 16, 0, GRAY_16.tobytes()), [(0,) * 3, (127,) * 3, (254,) * 3]),
+        ("12 bits.tif", tiff(8, 8, 12, 1, b"\xff\xf8\x00" + bytes(93)), [(255,) * 3, (128,) * 3, (0,) * 3]),
+        ("cmyk.jpg", Image.new("RGB", (8, 8), (200, 50, 20)).convert("CMYK"), [(200, 50, 20)]),
+        (
+            "frames.gif",
+            (
+                Image.new("RGB", (8, 8), (1, 2, 3)),
+                {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "white")]},
+            ),
+            [(1, 2, 3)],
+        ),
+        ("browser.jfif", jpeg(Image.new("L", (8, 8), 77)), [(77,) * 3]),
         ("UPPER.PNG", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
         ("bitmap.bmp", Image.new("RGB", (8, 8), (1, 2, 3)), [(1, 2, 3)]),
     ],
@@ -103,6 +139,41 @@ def test_every_kind_of_picture_becomes_its_colours(tmp_path, name, picture, row)
     assert [tuple(pixels[:, 0, column].tolist()) for column in range(len(row))] == row
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "mpo.jpg"])
+def test_a_picture_is_turned_as_its_camera_says(tmp_path, ending):
+    """Against Pillow's own function, for each of the eight orientations."""
+    folder = make_image_folder(tmp_path / "Pets", size=(16, 16), per_class=1)
+    picture = Image.new("RGB", (16, 16))
+    picture.paste((250, 250, 250), (0, 0, 8, 4))  # the eight ways to turn it all differ
+    options = {"webp": {"lossless": True}, "mpo.jpg": {"format": "MPO"}}.get(ending, {})
+    expected = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = folder / "train/cat" / f"!{orientation}.{ending}"
+        picture.save(path, exif=exif, **options)
+        with Image.open(path) as image:
+            expected.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1))
+    pixels = load_images("Pets", tmp_path).train.pixels[:8].numpy()
+    assert len({each.tobytes() for each in expected}) == 8
+    assert (pixels == np.stack(expected)).all()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_damaged_exif_data_cost_no_picture(tmp_path, ending):
+    folder = make_image_folder(tmp_path / "Pets", per_class=1)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8769] = 6, "a text", {0x9003: "2026:01:01 00:00:00", 0x829A: 0.5}
+    content = exif.tobytes()
+    generator, path = random.Random(0), folder / "train/cat" / f"!.{ending}"
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[generator.randrange(6, len(damaged))] = generator.randrange(256)
+        Image.new("RGB", (8, 8), (77, 77, 77)).save(path, exif=bytes(damaged), quality=100)
+        assert load_images("Pets", tmp_path).train.pixels[0, :, 0, 0].tolist() == [77] * 3
+
+
 def _flip(content, position):
     return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
@@ -116,6 +187,15 @@ def _emptied(folder):
     folder.mkdir()
 
 
+def _moved_down(part, name):
+    """Move all that is in a folder into a new folder in it."""
+    (part / name).mkdir()
+    for entry in [*part.iterdir()]:
+        if entry.name != name:
+            entry.rename(part / name / entry.name)
+
+
+PARTS = ("train", "test")
 BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
     "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*train.dog.0\.png"),
     "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"test.dog.0\.png"),
@@ -155,22 +235,40 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
         lambda f: Image.new("RGB", (8, 9)).save(f / "test/dog/1.png"),
         r"test.dog.1\.png is 8 x 9 pixels",
     ),
-    "class empty": (lambda f: _emptied(f / "train/cat"), r"Pets.train must hold images in class folders: .*\bcat\b"),
-    "class of texts": (
-        lambda f: (_emptied(f / "test/cat"), (f / "test/cat/note.txt").write_bytes(b"")),
-        r"Pets.test .*\bcat\b",
+    "class empty": (lambda f: _emptied(f / "train/cat"), r"train.cat holds no pictures: put some there, or remove"),
+    "class of others": (
+        lambda f: (_emptied(f / "test/cat"), (f / "test/cat/a.heic").touch(), (f / "test/cat/.b.png").touch()),
+        r"test.cat holds no pictures \(there are 1 \.heic\)",
     ),
     "class missing in test": (
         lambda f: shutil.rmtree(f / "test/dog"),
-        "train and test must have the same class folders; only one of them has dog$",
+        'train and test must have the same class folders; only train has "dog"$',
     ),
-    "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), "only one of them has cat$"),
-    "class of another name": (lambda f: (f / "test/dog").rename(f / "test/Dog "), "only one of them has Dog , dog$"),
-    "no classes": (lambda f: _emptied(f / "train"), r"Pets.train\b"),
+    "class missing in train": (lambda f: shutil.rmtree(f / "train/cat"), 'only test has "cat"$'),
+    "class of another name": (
+        lambda f: (f / "test/dog").rename(f / "test/Dog"),
+        'only train has "dog" and only test has "Dog". They differ only in capitals or spaces',
+    ),
+    "one class": (lambda f: [shutil.rmtree(f / part / "dog") for part in PARTS], "has only one class, cat:"),
+    "a folder too many": (
+        lambda f: [_moved_down(f / part, "images") for part in PARTS],
+        r'train holds one folder, images, .* \("cat", "dog"\): move them up into .*train$',
+    ),
+    "no classes": (lambda f: _emptied(f / "train"), r"Pets.train holds no class folders"),
     "test missing": (lambda f: shutil.rmtree(f / "test"), r"Pets.test\b"),
     "train missing": (lambda f: shutil.rmtree(f / "train"), r"Pets.train\b"),
     "part is a file": (lambda f: (shutil.rmtree(f / "test"), (f / "test").write_bytes(b"")), r"Pets.test\b"),
+    "loop of links": (
+        lambda f: (f / "train/cat/all").symlink_to(f / "train", target_is_directory=True),
+        r"train.cat.all is a link to a folder that holds it: remove the link",
+    ),
 }
+if sys.platform != "win32":
+    BAD_FOLDERS["link to itself"] = (lambda f: (f / "train/cat/a").symlink_to("a"), r"train.cat.a\b")
+    BAD_FOLDERS["line break in a name"] = (
+        lambda f: (f / "train/cat").rename(f / "train/c\nt"),
+        r"train.c\\nt cannot be printed",
+    )
 
 
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
@@ -186,15 +284,138 @@ def test_a_bad_image_folder_is_named_in_one_line(tmp_path, fault):
         assert str(tmp_path) in str(error.value)
 
 
-def test_more_images_than_memory_are_named_in_one_line(tmp_path, monkeypatch):
-    make_image_folder(tmp_path / "Pets")
-
-    def full(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(np, "empty", full)
-    with pytest.raises(UserError, match=r"Pets: 8 images of 8 x 8 pixels take 0 GiB, more memory"):
+def test_more_images_than_the_machine_has_memory_for_are_refused(tmp_path, monkeypatch):
+    make_image_folder(tmp_path / "Pets", size=(300, 300))
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000, raising=False)  # pages, and bytes of each
+    with pytest.raises(UserError, match=r"Pets: 8 images of 300 x 300 pixels take 0\.0 GiB, more memory than there is"):
         load_images("Pets", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["Pets", "Digits"])
+def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, dataset):
+    folder = make_image_folder(tmp_path / "Pets")
+    (folder / "train/cat/0.png").write_bytes(b"is not reached")
+    with pytest.raises(UserError, match=rf"{dataset}: .* images of 2000000 x 2000000 pixels take [\d,.]+ GiB, more"):
+        load_images(dataset, tmp_path, ImageSettings(image_size=2_000_000))
+    with pytest.raises(UserError, match=r"train.cat.0\.png"):
+        load_images("Pets", tmp_path)
+
+
+class TestSize:
+    @pytest.fixture
+    def mixed(self, tmp_path) -> Path:
+        """A data folder with pictures of four sizes, each white in the middle and coloured at its longer ends."""
+        folder = make_image_folder(tmp_path / "Pets", size=(30, 30), per_class=5)
+        for number, (width, height) in enumerate([(60, 30), (90, 40), (36, 120)]):
+            picture = Image.new("RGB", (width, height), "blue")
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            picture.paste((255, 255, 255), (left, top, left + side, top + side))
+            picture.save(folder / "train/cat" / f"!{number}.png")
+        return tmp_path
+
+    def test_mixed_sizes_are_refused_with_the_option_and_a_size_that_fits(self, mixed):
+        with pytest.raises(UserError, match=r"!1\.png is 90 x 40 .* 60 x 30: .* --image-size 30\b"):
+            load_images("Pets", mixed)
+
+    def test_the_shorter_side_is_resized_and_the_longer_one_cropped(self, mixed, capsys):
+        images = load_images("Pets", mixed, ImageSettings(image_size=24))
+        assert images.train.pixels.shape == (13, 3, 24, 24)
+        assert images.source == "image folder, resized to 24 x 24 pixels"
+        assert images.train.pixels[:3, :, 1:-1, 1:-1].eq(255).all(), "all but a blurred border is the white middle"
+        assert images.train.pixels[3, :, 0, 0].tolist() == [250, 0, 0]
+        again = load_images("Pets", mixed, ImageSettings(image_size=24))
+        assert torch.equal(again.train.pixels, images.train.pixels)
+        assert capsys.readouterr().out == "", "read from the cache"
+        assert load_images("Pets", mixed, ImageSettings(image_size=8)).train.pixels.shape[-1] == 8
+        assert "--image-size" in capsys.readouterr().out
+
+    def test_embedded_images_are_resized_too(self, digits, tmp_path):
+        images = load_images("Digits", tmp_path, ImageSettings(image_size=32))
+        assert (images.train.pixels.shape, images.test.pixels.shape) == ((1437, 3, 32, 32), (360, 3, 32, 32))
+        halved = torch.nn.functional.avg_pool2d(images.test.pixels.float(), 2)
+        assert (halved - digits.test.pixels).abs().mean() < 8
+        assert torch.equal(images.test.labels, digits.test.labels)
+
+
+def test_what_systems_leave_in_folders_is_skipped_and_other_files_are_counted(tmp_path, capsys):
+    folder = make_image_folder(tmp_path / "Pets")
+    expected = load_images("Pets", tmp_path)
+    junk = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "#recycle")
+    for place in (folder, folder / "train", folder / "test/cat"):
+        for name in junk:
+            (place / name / "cat").mkdir(parents=True)
+            (place / name / "cat" / "SYNOPHOTO.png").write_bytes(b"no picture")
+        for name in (
+            "._0.png",
+            ".DS_Store",
+            "Thumbs.db",
+            "desktop.ini",
+            "~$0.png",
+            *(["Icon\r"] * (sys.platform != "win32")),
+        ):
+            (place / name).write_bytes(b"no picture")
+    images = load_images("Pets", tmp_path)
+    assert torch.equal(images.train.pixels, expected.train.pixels)
+    assert list(images.classes) == ["cat", "dog"]
+    assert capsys.readouterr().out == ""
+    for name in ("train/cat/1.heic", "train/cat/2.HEIC", "test/dog/deep/er/3.heic", "train/dog/README", "test/0.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "val").mkdir()
+    load_images("Pets", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Left out of {folder}: 3 .heic, ")
+    for count in ("1 without ending", "1 .png outside of class folders", "1 folder val"):
+        assert count in printed
+
+
+def test_names_in_two_unicode_forms_are_one_class(tmp_path):
+    folder = make_image_folder(tmp_path / "Pets")
+    forms = [unicodedata.normalize(form, "çiçek") for form in ("NFC", "NFD")]
+    for part, form in zip(PARTS, forms):
+        (folder / part / "cat").rename(folder / part / form)
+    images = load_images("Pets", tmp_path)
+    assert list(images.classes) == ["dog", forms[0]]
+    assert images.test.pixels[:, 2, 0, 0].tolist() == [250, 250, 0, 0]
+    shutil.copytree(folder / "test" / forms[1], folder / "test" / forms[0], dirs_exist_ok=True)
+    if len([*(folder / "test").iterdir()]) == 3:  # a Mac takes both forms for the same folder
+        with pytest.raises(UserError, match=r"test has two folders çiçek, in two Unicode forms"):
+            load_images("Pets", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these systems have no such names")
+def test_names_that_are_not_utf8_are_refused_for_classes_only(tmp_path, capsys):
+    folder = make_image_folder(tmp_path / "Pets")
+    picture = folder / "train/cat" / os.fsdecode(b"k\xf6pek.png")
+    (folder / "train/cat/0.png").rename(picture)
+    (folder / "train/cat" / os.fsdecode(b"k.\xf6")).touch()
+    assert len(load_images("Pets", tmp_path).train) == 4
+    assert r"1 .\udcf6" in capsys.readouterr().out
+    picture.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"Broken image file: .*k\\udcf6pek\.png"):
+        load_images("Pets", tmp_path)
+    for part in PARTS:
+        (folder / part / "dog").rename(folder / part / os.fsdecode(b"k\xf6pek"))
+    with pytest.raises(UserError, match=r"train.k\\udcf6pek cannot be printed: rename it"):
+        load_images("Pets", tmp_path)
+
+
+def test_a_dataset_one_folder_too_deep_is_named(tmp_path):
+    make_image_folder(tmp_path / "Pets" / "Pets v2")
+    with pytest.raises(
+        UserError, match=r"Pets v2 holds \{train,test\}, one folder too deep: move them up into .*Pets$"
+    ):
+        load_images("Pets", tmp_path)
+
+
+@pytest.mark.parametrize(("dataset", "advice"), [("Digits", "another name"), ("CIFAR10", "holds no images")])
+def test_a_folder_that_would_be_ignored_is_refused(tmp_path, dataset, advice):
+    (make_image_folder(tmp_path / dataset) / "test").rename(tmp_path / dataset / "Test")
+    (tmp_path / dataset / "train").rename(tmp_path / dataset / "Train")
+    with pytest.raises(UserError, match=advice) as error:
+        load_images(dataset, tmp_path)
+    assert str(tmp_path / dataset) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["CIFAR99", "../Pets", "", "Dogs.cache"])
@@ -262,7 +483,7 @@ class TestCache:
             picture.rename(folder / "train/dog/2.png")
             expected.append(expected.pop(0))
         assert self._colours(folder) == expected
-        assert capsys.readouterr().out.startswith("The images have changed since ")
+        assert capsys.readouterr().out.startswith("The images or --image-size have changed since ")
         assert self._colours(folder) == expected
         assert capsys.readouterr().out == "", "the new cache is good"
 

@@ -1,10 +1,17 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet, balanced_order
+from cleanai.cli import Options
+from cleanai.data.images import ImageSet, ImageSettings, balanced_order
+from cleanai.data.sources import load_images
+from cleanai.runtime.checkpoints import save_checkpoint
+from cleanai.runtime.scenario import Scenario
+from cleanai.stages import open_run
+from tests.helpers import make_image_folder
 
 
 def test_digits_are_all_there_and_the_split_is_balanced(digits):
@@ -56,8 +63,60 @@ def test_augmented_images_are_shifted_and_flipped_copies(mirror):
             for window in [source[:, down : down + 16, right : right + 16]]
         }
         draws.add(next(draw for draw, candidate in candidates.items() if torch.equal(candidate, image)))
-    assert len({(down, right) for down, right, _ in draws}) == 25
+    assert len({(down, right) for down, right, _ in draws}) == 25  # of an eighth of 16 pixels
     assert {flip for *_, flip in draws} == ({False, True} if mirror else {False})
+
+
+@pytest.mark.parametrize(("shift", "reach"), [(0, 0), (0.05, 0), (0.1, 1), (0.3, 3), (0.7, 7)])
+def test_images_are_shifted_by_a_share_of_their_height_at_most(shift, reach):
+    pictures = replace(_pictures(500, size=10), shift=shift)
+    moved = pictures.augmented(pictures.draw_moves(500, False, torch.Generator().manual_seed(0))).pixels
+    black = moved.eq(0).all(1)  # the borders; no pixel of these pictures is black
+    assert black.all(2).sum(1).max() == black.all(1).sum(1).max() == reach
+    assert torch.equal(moved, pictures.pixels) == (reach == 0)
+    assert replace(_pictures(1, size=100), shift=0.29).reach == 29  # 0.29 * 100 is a little less
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "words"),
+    [
+        ("Digits", {}, "shifted at random by up to 2 pixels, and not mirrored"),
+        ("Pets", {}, "shifted at random by up to 1 pixel, and mirrored at random"),
+        ("Pets", {"flip": "none", "shift": 0.25}, "shifted at random by up to 2 pixels, and not mirrored"),
+        ("Pets", {"flip": "none", "shift": 0.0, "seed": 7}, "not shifted, and not mirrored"),
+    ],
+)
+def test_images_are_augmented_as_the_config_of_script_1_says(tmp_path, dataset, settings, words):
+    make_image_folder(tmp_path / "Pets")
+    images = load_images(dataset, tmp_path, ImageSettings.of(settings))
+    assert images.augmentation == words
+    sample = images.repair_sample(4, seed=0)
+    assert torch.equal(sample.pixels, images.train.sample(4, seed=0).pixels) == words.startswith("not")
+
+
+@pytest.mark.parametrize("method", ["Coverage", "Wanda", "Sweep"])
+def test_pruning_reads_and_augments_images_as_script_1_did(tmp_path, capsys, method):
+    make_image_folder(tmp_path / "Pets", size=(30, 40))
+    scenario = Scenario("T", "ResNet18", "Pets", tmp_path)
+    config = {"image_size": 16, "flip": "none", "shift": 0.25}
+    facts = {
+        "model": "ResNet18",
+        "dataset": "Pets",
+        "config": config,
+        "mean": [0.5, 0.25, 0.0],
+        "std": [1.0, 0.5, 0.25],
+    }
+    save_checkpoint(scenario.fine_tuned, facts)
+    args = Options(
+        dataset="Pets", data_dir=tmp_path, device="cpu", precision="float32", deterministic=False, train_samples=2,
+        seed=0, config={"seed": 0},
+    )  # fmt: skip
+    run = open_run(scenario.of(method), args)
+    assert run.images.train.pixels.shape == (2, 3, 16, 16)
+    assert (run.images.train.reach, run.images.mirror) == (4, False)
+    for images in (run.images.train, run.images.test):
+        assert (images.mean.tolist(), images.std.tolist()) == (facts["mean"], facts["std"])
+    assert "Training images are shifted at random by up to 4 pixels, and not mirrored\n" in capsys.readouterr().out
 
 
 def test_a_subset_is_balanced_and_too_large_a_one_is_refused(digits):

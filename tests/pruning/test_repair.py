@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from cleanai.network.models import resnet18_for_small_images
 from cleanai.pruning.groups import find_groups
 from cleanai.pruning.least_squares import reconstruct
-from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
+from cleanai.pruning.repair import REPAIR_BYTES, Targets, most_images, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import NO_CHANNELS, convolved, record_rows
 
 
@@ -175,3 +176,13 @@ def test_recalibration_sets_the_statistics_of_the_present_inputs(network, digits
         inputs_of_norm = network.conv1(next(images.batches(128))[0])
     torch.testing.assert_close(norm.running_mean, inputs_of_norm.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
     assert not network.training
+
+
+def test_as_many_images_are_repaired_on_as_fit_into_memory():
+    """At 32 pixels those that results were measured with; at 224 each holds four outputs of the first block at once."""
+    network = resnet18_for_small_images(10).train()
+    assert most_images(network, torch.zeros(1, 3, 32, 32)) >= 1024
+    count = most_images(network, torch.zeros(1, 3, 224, 224))
+    assert 0.9 * REPAIR_BYTES <= count * 4 * (4 * 64 * 224 * 224) <= REPAIR_BYTES
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 100_000))
+    assert most_images(network, torch.zeros(1, 3, 4, 4)) == REPAIR_BYTES // (8 * 100_008)

@@ -7,7 +7,7 @@ from reportlab.pdfbase import pdfmetrics
 from statsmodels.stats.contingency_tables import mcnemar
 
 from cleanai.measure.significance import pack, unpack
-from cleanai.report.charts import BOLD, FONT
+from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.run_pdf import pdf_report
 from tests.helpers import EXPORT, pdf_pages, pdf_text, run_record
 
@@ -138,6 +138,23 @@ def test_turkish_letters_survive():
     for font in (FONT, BOLD):
         glyphs = pdfmetrics.getFont(font).face.charToGlyph
         assert all(ord(letter) in glyphs for letter in "çÇğĞıİöÖşŞüÜ")
+
+
+def test_letters_that_the_fonts_lack_are_written_in_latin_ones():
+    written = {
+        "кошка": "koshka", "γάτα": "gata", "ねこ": "neko", "猫": "Mao", "고양이": "GoYangI", "बिल्ली": "billi",
+        "żółw": "zółw", "قطة": "qth", "חתול": "htvl", "🐈": ":cat2:", "🐈\u200d⬛": ":cat2: :black_large_square:",
+        "\ue000": "U+E000", "c\u0327a": "ça", "\udcf6": "U+DCF6",
+    }  # fmt: skip
+    record, glyphs = run_record(), pdfmetrics.getFont(FONT).face.charToGlyph
+    assert glyphs.keys() == pdfmetrics.getFont(BOLD).face.charToGlyph.keys()
+    record["classes"] = [{**record["classes"][0], "name": name} for name in written]
+    record["scenario"] = "TS1_猫"  # at the foot of each page
+    text = pdf_text(pdf_report(record))
+    for name, expected in written.items():
+        assert f"{expected} 90.00" in text, name
+        assert all(ord(character) in glyphs for character in expected)
+    assert "TS1_Mao" in text
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 30])
