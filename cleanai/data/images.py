@@ -20,12 +20,16 @@ from cleanai.runtime.progress import progress
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pixels (N, 3, H, W) uint8 and labels (N,) int64 on one device, with the channel means and deviations (3,)."""
+    """Pixels (N, 3, H, W) uint8 and labels (N,) int64 on one device, with the channel means and deviations (3,).
+
+    `memory_format`: the order of batches in memory; convolutions are fastest with channels last.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+    memory_format: torch.memory_format = torch.channels_last
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,10 +45,11 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """The same images on another device."""
-        return ImageSet(*(tensor.to(device) for tensor in (self.pixels, self.labels, self.mean, self.std)))
+        tensors = {name: getattr(self, name).to(device) for name in ("pixels", "labels", "mean", "std")}
+        return replace(self, **tensors)
 
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield normalised inputs (B, 3, H, W) in channels-last memory, and labels (B,), in order."""
+        """Yield normalised inputs (B, 3, H, W) in `memory_format`, and labels (B,), in order."""
         for start in range(0, len(self), size):
             yield self._normalised(self.pixels[start : start + size]), self.labels[start : start + size]
 
@@ -85,8 +90,9 @@ class ImageSet:
         return torch.cat([shifts, flips], 1).to(self.pixels.device)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = pixels.float().div_(255).sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
-        return inputs.contiguous(memory_format=torch.channels_last)
+        inputs = pixels.to(torch.float32, copy=True).div_(255)
+        inputs = inputs.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+        return inputs.contiguous(memory_format=self.memory_format)
 
 
 @dataclass(frozen=True)

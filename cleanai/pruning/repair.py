@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from cleanai.pruning.rows import NO_CHANNELS, channel_rows, is_kept, window_rows
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import progress
 
+REPAIR_BYTES = 2**32  # of activations; a fixed bound, so that results do not depend on the memory that is free
+
 
 @dataclass
 class Targets:
@@ -26,6 +28,27 @@ class Targets:
     inputs: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
     removed: dict[nn.Module, torch.Tensor] = field(default_factory=dict)
+
+
+def most_images(network: nn.Module, example: torch.Tensor) -> int:
+    """How many images like `example` (1, 3, H, W) may pass `network` at once: about `REPAIR_BYTES` in float32.
+
+    An estimate, without gradients: the largest module's input and output, and as much again for a residual branch.
+    """
+    largest = 0
+
+    def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(each.numel() for each in (*args, output) if isinstance(each, torch.Tensor)))
+
+    handles = [module.register_forward_hook(look) for module in network.modules() if not any(module.children())]
+    try:
+        with torch.inference_mode():
+            network.eval()(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, REPAIR_BYTES // (2 * 4 * max(1, largest)))
 
 
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
