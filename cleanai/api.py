@@ -102,7 +102,8 @@ def measure_sweep(
         if len(place.outputs) > 1 or labels[-1] >= place.outputs[0]:
             shape = "x".join(map(str, place.outputs))
             raise UserError(f"test has the label {labels[-1]}, and the network gives {shape} scores per image")
-        sweep = Sweep(place.network, [float(ratio) for ratio in ratios], used, test, place.compute)
+        # Widths that meet the highest ratio may not meet the others: any width, so that small networks meet all.
+        sweep = Sweep(place.network, [float(ratio) for ratio in ratios], used, test, place.compute, round_to=(1,))
         return {"original": measure_network(place.network, test, place.compute), "points": sweep.run()}
 
 

@@ -60,6 +60,7 @@ class Sweep:
     fine_tune: Callable[[nn.Module], None] | None = None
     save: Callable[[list[dict[str, Any]]], None] = lambda points: None
     points: list[dict[str, Any]] = field(default_factory=list)
+    round_to: Sequence[int] = ROUND_TO
 
     def run(self) -> list[dict[str, Any]]:
         """Measure all points: each with its `criterion`, `ratio`, accuracy and costs.
@@ -96,7 +97,7 @@ class Sweep:
         torch.manual_seed(self.seed)
         highest = self.ratios[-1]
         steps = [ratio / highest for ratio in self.ratios]
-        settings = PruneSettings(highest, highest, steps, ROUND_TO)
+        settings = PruneSettings(highest, highest, steps, self.round_to)
         try:
             prune_near_budget(copy.deepcopy(self.network), importance, self.images, self.compute, settings, measure)
         except BudgetMissed as error:

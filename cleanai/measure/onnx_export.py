@@ -150,6 +150,7 @@ def _with_metadata(model: bytes, facts: dict[str, Any]) -> bytes:
     import onnx
 
     loaded = onnx.load_model_from_string(model)
+    del loaded.metadata_props[:]  # every entry is ours
     for key, value in facts.items():
         loaded.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
     return loaded.SerializeToString()

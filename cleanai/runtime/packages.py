@@ -10,7 +10,7 @@ from cleanai import UserError
 
 ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
-_LEAST_TORCH = (2, 2)  # torch.export with a free batch size
+LEAST_TORCH = (2, 2)  # torch.export with a free batch size
 
 
 def require_packages(what: str, packages: Sequence[str]) -> None:
@@ -25,6 +25,6 @@ def require_packages(what: str, packages: Sequence[str]) -> None:
 def require_torch_export(what: str) -> None:
     """Raise UserError when PyTorch is too old for `what`. Does not import it."""
     installed = version("torch")
-    if tuple(map(int, installed.split(".")[:2])) < _LEAST_TORCH:
-        least = ".".join(map(str, _LEAST_TORCH))
+    if tuple(map(int, installed.split(".")[:2])) < LEAST_TORCH:
+        least = ".".join(map(str, LEAST_TORCH))
         raise UserError(f"{what} needs PyTorch {least} or newer, and this is {installed}: pip install --upgrade torch")
