@@ -18,7 +18,7 @@ from cleanai.pruning.rows import NO_CHANNELS, channel_rows, is_kept, window_rows
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import progress
 
-REPAIR_BYTES = 2**32  # of activations; a fixed bound, so that results do not depend on the memory that is free
+REPAIR_BYTES = 3 * 2**30  # of activations; a fixed bound, so that results do not depend on the memory that is free
 
 
 @dataclass
