@@ -6,7 +6,6 @@ A script passes its settings, a dictionary of names and defaults: each is an opt
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import re
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Callable, NoReturn
 from cleanai import UserError
 from cleanai.runtime import distributed
 from cleanai.runtime.files import file_digest, printable
+from cleanai.runtime.packages import ONNX, require_packages, require_torch_export
 from cleanai.runtime.scenario import CHECKPOINTS_DIR, EMBEDDED, PROJECT, usual_flip
 
 
@@ -200,10 +200,10 @@ _COMMON: dict[str, dict[str, Any]] = {
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
     "export": {
-        "choices": ("none", "onnx"),
+        "choices": ("none", "onnx", "pt2"),
         "default": "none",
-        "help": "onnx: write the final model as ONNX too, and time it in ONNX Runtime; for a finished run, repeat its "
-        "options",
+        "help": "onnx: write the final model as ONNX too, and time it in ONNX Runtime; pt2: write it as a program that "
+        "PyTorch runs without this project; for a finished run, repeat its options",
     },
     "fresh": {"action": "store_true", "help": "start over: delete the results of this script for this dataset"},
 }
@@ -220,7 +220,6 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
 }
-_EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
 
 class Options(argparse.Namespace):
@@ -273,12 +272,10 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
-        missing = [name for name in _EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
-        if args.export == "onnx" and missing:
-            raise UserError(
-                f"--export onnx needs packages that are not installed ({', '.join(missing)}): "
-                f"pip install {' '.join(missing)}"
-            )
+        if args.export == "onnx":
+            require_packages("--export onnx", ONNX)
+        if args.export == "pt2":
+            require_torch_export("--export pt2")
     if "flip" in settings:
         if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
             parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")

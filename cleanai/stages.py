@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cleanai import UserError
 from cleanai.report.run_text import comparison_table
 from cleanai.report.wording import Record, exported_as, origin_lines, repair_stages, wrapped
 from cleanai.runtime.checkpoints import find_checkpoint, find_record, load_checkpoint, write_record
@@ -55,12 +56,11 @@ def save_record(scenario: Scenario, record: Record) -> None:
 
 def publish(scenario: Scenario, record: Record, args: Options) -> None:
     """Export a pruning script's network if asked, write its report where it is missing, and print its table."""
-    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
-        from cleanai.measure.onnx_export import export_scenario
-
-        with only_run(scenario):
-            record["export"] = export_scenario(scenario, args.data_dir)
-            save_record(scenario, record)
+    not_exported = None
+    try:
+        _export(scenario, record, args)
+    except UserError as error:  # the finished run is reported all the same
+        not_exported = error
     if not scenario.report.exists():
         from cleanai.report.run_pdf import pdf_report
 
@@ -77,6 +77,25 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
     )
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
+    if scenario.standalone.exists():
+        print(f"PyTorch program: {scenario.standalone}")
+    if not_exported:
+        raise not_exported
+
+
+def _export(scenario: Scenario, record: Record, args: Options) -> None:
+    """Write the final network in the form that --export asks for, unless it is there."""
+    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
+        from cleanai.measure.onnx_export import export_scenario
+
+        with only_run(scenario):
+            record["export"] = export_scenario(scenario, args.data_dir, args.timing_seconds)
+            save_record(scenario, record)
+    if args.export == "pt2" and not scenario.standalone.exists():
+        from cleanai.measure.standalone import save_scenario
+
+        with only_run(scenario):
+            save_scenario(scenario, args.data_dir)
 
 
 @dataclass

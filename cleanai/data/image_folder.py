@@ -50,7 +50,7 @@ def read_image_folder(folder: Path, image_size: int | None = None) -> tuple[tupl
     listing = _fingerprint(files, folder, image_size)
     pixels = _read_cache(cache, listing, len(files))
     if pixels is None:
-        pixels = _decode(files, folder, image_size)
+        pixels = decode(files, folder, image_size)
         _write_cache(cache, listing, pixels)
     images, labels = torch.from_numpy(pixels), torch.tensor([file.label for file in files])
     return (images[: len(train)], labels[: len(train)]), (images[len(train) :], labels[len(train) :]), classes
@@ -63,7 +63,13 @@ def _fingerprint(files: list[ImageFile], folder: Path, image_size: int | None) -
     return hashlib.sha256(json.dumps([decoder, listing]).encode("ascii")).hexdigest()
 
 
-def _decode(files: list[ImageFile], folder: Path, image_size: int | None) -> np.ndarray:
+def decode(
+    files: list[ImageFile], folder: Path, image_size: int | None, option: str = "--image-size {} of script 1"
+) -> np.ndarray:
+    """Pixels (N, 3, H, W) uint8 of the pictures of `folder`, see `read_image_folder`.
+
+    `option` is how a user asks for an image size, with {} in its place.
+    """
     pixels = empty_pixels(str(folder), len(files), image_size, image_size) if image_size else None
     for number, file in enumerate(progress(files, f"Reading {folder.name}", "image")):
         picture = _read(file.path)
@@ -75,8 +81,7 @@ def _decode(files: list[ImageFile], folder: Path, image_size: int | None) -> np.
         if picture.size != (width, height):
             raise UserError(
                 f"{printable(file.path)} is {picture.width} x {picture.height} pixels and the first image is {width} x "
-                f"{height}: all must have one size. Script 1 resizes and crops them with --image-size "
-                f"{_fitting_size(files)}, for example"
+                f"{height}: all must have one size. {option.format(_fitting_size(files))}, for example, makes it so"
             )
         pixels[number] = np.asarray(picture).transpose(2, 0, 1)
     return pixels

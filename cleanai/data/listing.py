@@ -59,6 +59,39 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[ImageFile], list[Im
     return classes, files[0], files[1]
 
 
+def list_pictures(folder: Path) -> list[ImageFile]:
+    """The pictures in `folder`, all of label 0, or those of its class folders, by class and path.
+
+    One line counts the files that are no pictures. Raises UserError when it holds neither, or both.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}")
+    skipped: Counter[str] = Counter()
+    try:
+        entries = _entries(folder)
+        folders = [entry.name for entry in entries if entry.is_dir()]
+        direct = [entry for entry in entries if not entry.is_dir()]
+        pictures = [entry.path for entry in direct if entry.name.lower().endswith(ENDINGS)]
+        skipped.update(_kind(entry.name) for entry in direct if entry.path not in pictures)
+        if not pictures + folders:
+            raise UserError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
+        if pictures and folders:
+            raise UserError(f"{folder} holds both pictures and folders, such as {folders[0]}: give one of the folders")
+        if {name.lower() for name in folders} & {"train", "test", "val", "valid", "validation"}:
+            raise UserError(f"{folder} holds {_names(folders)}, not classes: give {folder / folders[0]} itself")
+        classes = _pictures_by_class(folder, skipped) if folders else {"": pictures}
+        if len(folders) == 1:
+            raise UserError(
+                f"{folder} holds one folder of pictures only, {folders[0]}: give {folder / folders[0]} itself"
+            )
+        files = [_image_file(path, label) for label, name in enumerate(sorted(classes)) for path in classes[name]]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read as a folder of pictures: {printable(one_line(error))}") from error
+    if skipped:
+        print(f"Left out of {folder}: {_counts(skipped)}")
+    return files
+
+
 def _pictures_by_class(part: Path, skipped: Counter[str]) -> dict[str, list[str]]:
     """The paths of the pictures of each class. Counts in `skipped` what else there is."""
     found: dict[str, list[str]] = {}

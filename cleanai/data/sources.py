@@ -46,7 +46,7 @@ def load_images(dataset: str, data_dir: Path, settings: ImageSettings | None = N
         if train[0].shape[-1] != size:
             train, test = _resized(dataset, train, test, size)
         source += f", resized to {size} x {size} pixels"
-    mean, std = _channel_statistics(train[0])
+    mean, std = channel_statistics(train[0])
     return Images(
         train=ImageSet(*train, mean, std, settings.shift),
         test=ImageSet(*test, mean, std, settings.shift),
@@ -133,7 +133,8 @@ def _extract(archive: Path, places: dict[str, Path]) -> None:
                 write_bytes(places[member.name], tar.extractfile(member).read())
 
 
-def _channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def channel_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and the standard deviation (3,) of the channels of uint8 pixels (N, 3, H, W), scaled to [0, 1]."""
     # Exact for any number of images: from 256 counts per channel.
     levels = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)])

@@ -2,77 +2,81 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import json
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Sequence
 
-import onnx
-import onnxruntime
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSettings
-from cleanai.data.sources import load_images
+from cleanai.data.images import ImageSet
 from cleanai.measure.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
+from cleanai.measure.standalone import compared, exporting, final_images, for_export, image_facts, writable, write
 from cleanai.network.models import load_network
-from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.distributed import end_all_but_first
-from cleanai.runtime.files import write_bytes
+from cleanai.runtime.packages import ONNX, require_packages
 from cleanai.runtime.scenario import Scenario
 
-CHECKED_IMAGES = 128
-TOLERANCE = 1e-3  # of the largest output; rounding gives about 1e-6 in float32
+if TYPE_CHECKING:
+    import onnxruntime
+
 INPUT, OUTPUT = "images", "logits"
 
 
-def export_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
-    """Write `network` as ONNX; return the largest absolute difference of its outputs from PyTorch's on `images`.
+def export_onnx(network: nn.Module, path: str | Path, images: ImageSet, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write a network as ONNX with float32 weights, batch norm folded into the convolutions.
 
-    The file holds float32 weights with batch norm folded into the convolutions. Its input `images` (B, 3, H, W) is
-    normalised, with any batch size. At least three images are needed here. Raises UserError, and writes nothing, when
-    the outputs differ by more than rounding.
+    The input `images` is a batch (B, 3, H, W) of any size B, normalised as the argument `images` are; the output
+    `logits` is (B, classes). Height and width are free, too, where the network takes other sizes and gives the right
+    outputs there; otherwise they are those of `images`. A line says which. `images` are the network's own kind of
+    images, for the check and for the metadata of the file: `image_size` [H, W], `mean`, `std` (per channel, of pixels
+    between 0 and 1) and `classes`, if they are given, each as JSON.
+
+    Returns `largest_difference`, of ONNX Runtime's outputs from PyTorch's on `images`, and `free_image_size`. Raises
+    UserError, and writes nothing, when packages are missing, when the network cannot be exported, and when the outputs
+    differ by more than rounding.
     """
-    network = copy.deepcopy(network).cpu().float().eval()
-    images = images.cpu().float().contiguous()
-    model = _onnx_model(network, images[:2])  # fewer than are checked below: the batch size must be free
-    with torch.inference_mode():
-        expected = network(images)
-    given = torch.from_numpy(_session(model).run([OUTPUT], {INPUT: images.numpy()})[0])
-    difference = (given - expected).abs().max().item()
-    if not difference <= TOLERANCE * expected.abs().max().item():
-        raise UserError(
-            f"ONNX Runtime {version('onnxruntime')} gives other outputs than PyTorch (by up to {difference:.2g}), so "
-            f"{path.name} is not written: try another version, pip install --upgrade onnx onnxruntime onnxscript"
-        )
-    write_bytes(path, model)
-    return difference
+    require_packages("export_onnx", ONNX)
+    path = writable(path)
+    network, inputs = for_export(network, images)
+    facts = image_facts(network, images, classes)
+    model, free = _smallest_limits(network, inputs, facts)
+    difference = compared(network, _runner(model), inputs, f"ONNX Runtime {version('onnxruntime')}")
+    write(path, model)
+    height, width = facts["image_size"]
+    print(f"{path.name}: any batch size, {'any image size' if free else f'images of {height} x {width} pixels only'}")
+    return {"largest_difference": difference, "free_image_size": free}
 
 
-def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
+def export_scenario(scenario: Scenario, data_dir: Path, timing_s: float) -> dict[str, Any]:
     """Export the final network of a finished pruning script; return the entry `export` of its record.
 
     `latency_ms` holds the latency of one image on the CPU in float32, in ONNX Runtime and in PyTorch, for the networks
-    original, pruned and fine_tuned, in turns, with the same number of threads.
+    original, pruned and fine_tuned, in turns of about `timing_s` seconds, with the same number of threads.
     """
-    compute = choose_compute("cpu", "float32")
-    end_all_but_first()
-    networks = {name: load_network(path) for name, path in scenario.networks.items()}
-    settings = ImageSettings.of(load_checkpoint(scenario.fine_tuned)["config"])
-    test = load_images(scenario.dataset, data_dir, settings).test.sample(CHECKED_IMAGES, seed=0)
-    images = next(test.batches(CHECKED_IMAGES))[0]
+    import onnx
 
-    difference = export_onnx(networks["fine_tuned"], images, scenario.exported)
-    models = {name: _onnx_model(network, images[:2]) for name, network in networks.items() if name != "fine_tuned"}
-    models["fine_tuned"] = scenario.exported.read_bytes()
+    compute = replace(choose_compute("cpu", "float32"), timing_s=timing_s)
+    end_all_but_first()
+    networks = {name: load_network(path, scenario.model) for name, path in scenario.networks.items()}
+    test, classes = final_images(scenario, data_dir)
+    images = next(test.batches(2))[0].contiguous()
+
+    exported = export_onnx(networks["fine_tuned"], scenario.exported, test, classes)
+    models = {"fine_tuned": scenario.exported.read_bytes()}
+    for name in ("original", "pruned"):
+        models[name] = _onnx_model(for_export(networks[name], test)[0], images, exported["free_image_size"])
 
     calls = {}
     for name, network in networks.items():
-        feed = {INPUT: images[:1].contiguous().numpy()}
+        feed = {INPUT: images[:1].numpy()}
         calls[name, "onnx_runtime"] = functools.partial(_session(models[name]).run, [OUTPUT], feed)
         calls[name, "pytorch"] = functools.partial(compute.place(network), images[:1])
     with torch.inference_mode():
@@ -81,7 +85,7 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
         "file": scenario.exported.name,
         "size_mib": len(models["fine_tuned"]) / 2**20,
         "opset": onnx.load_model_from_string(models["fine_tuned"]).opset_import[0].version,
-        "largest_difference": difference,
+        **exported,
         "device": compute.device_name,
         "cpu_threads": torch.get_num_threads(),
         "onnxruntime": version("onnxruntime"),
@@ -92,23 +96,88 @@ def export_scenario(scenario: Scenario, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def _onnx_model(network: nn.Module, example: torch.Tensor) -> bytes:
+def _smallest_limits(network: nn.Module, inputs: torch.Tensor, facts: dict[str, Any]) -> tuple[bytes, bool]:
+    """The network as ONNX, and whether its height and width are free: checked with images of other sizes."""
+    others = [_resized(inputs[:2], *sides) for sides in _other_sizes(*inputs.shape[2:])]
+    if all(_takes(network, other, inputs) for other in others):
+        try:
+            model = _with_metadata(_onnx_model(network, inputs[:2], True), facts)
+            for other in others:
+                compared(network, _runner(model), other, "ONNX Runtime")
+            return model, True
+        except UserError:
+            pass  # not with other sizes
+    return _with_metadata(_onnx_model(network, inputs[:2], False), facts), False
+
+
+def _other_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    return [(2 * height, 3 * width), (height + 7, width + 3)]
+
+
+def _resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return F.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+
+
+def _takes(network: nn.Module, other: torch.Tensor, images: torch.Tensor) -> bool:
+    """Whether a network gives as many outputs for images of another size."""
+    try:
+        with torch.inference_mode():
+            return network(other).shape == network(images[: len(other)]).shape
+    except MemoryError:
+        raise
+    except Exception:  # of the network, for a size that it was not made for
+        return False
+
+
+def _onnx_model(network: nn.Module, example: torch.Tensor, free_size: bool) -> bytes:
     # Both exporters fold batch norm into the convolutions of a network in evaluation mode.
     # PyTorch 2.9 deprecates the older exporter.
+    sides = {0: "batch", **({2: "height", 3: "width"} if free_size else {})}
+    options: dict[str, Any]
     if torch.__version__ >= (2, 9):
-        batch = {"dynamo": True, "dynamic_shapes": ({0: "batch"},), "external_data": False, "verbose": False}
+        options = {"dynamo": True, "dynamic_shapes": (sides,), "external_data": False, "verbose": False}
     else:
-        batch = {"dynamic_axes": {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}}
+        options = {"dynamic_axes": {INPUT: sides, OUTPUT: {0: "batch"}}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(network, (example,), str(path), input_names=[INPUT], output_names=[OUTPUT], **batch)
+        with exporting(network, "torch.onnx.export"):
+            torch.onnx.export(network, (example,), str(path), input_names=[INPUT], output_names=[OUTPUT], **options)
         return path.read_bytes()
+
+
+def _with_metadata(model: bytes, facts: dict[str, Any]) -> bytes:
+    """An ONNX model with `facts` in its metadata, each as JSON."""
+    import onnx
+
+    loaded = onnx.load_model_from_string(model)
+    del loaded.metadata_props[:]  # every entry is ours
+    for key, value in facts.items():
+        loaded.metadata_props.add(key=key, value=json.dumps(value, ensure_ascii=False))
+    return loaded.SerializeToString()
+
+
+def _runner(model: bytes) -> Any:
+    """A function of normalised images (B, 3, H, W) that runs an ONNX model. UserError when ONNX Runtime cannot."""
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.from_numpy(_session(model).run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
+        except Exception as error:  # of ONNX Runtime, whose errors have no common class
+            raise UserError(
+                f"ONNX Runtime {version('onnxruntime')} cannot run the exported network: try another version, "
+                "pip install --upgrade onnx onnxruntime onnxscript"
+            ) from error
+
+    return run
 
 
 def _session(model: bytes) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU, with as many threads as PyTorch."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # errors are raised as well
     # Idle threads would spin and slow down the next turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

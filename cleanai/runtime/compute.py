@@ -25,6 +25,7 @@ class Compute:
     `deterministic`: every run computes the same, as a CPU always does.
     `inference_pixels`: how many pixels pass a network at once where the batch size does not change the result.
     `timing_s`: about how many seconds each timing of networks may take.
+    `memory_format`: the order of weights in memory; convolutions are fastest with channels last.
     """
 
     device: torch.device
@@ -33,6 +34,7 @@ class Compute:
     deterministic: bool = False
     inference_pixels: int = 32 * 32**2  # a hook's values of so few are still in the cache
     timing_s: float = 20.0
+    memory_format: torch.memory_format = torch.channels_last
 
     def autocast(self) -> torch.autocast:
         """A context in which networks run in the chosen precision; weights and sums stay float32."""
@@ -47,8 +49,8 @@ class Compute:
         return torch.cuda.amp.GradScaler(enabled=enabled)  # PyTorch before 2.3
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Move a network to the device, its weights in the channels-last order that convolutions are fastest in."""
-        return network.to(self.device, memory_format=torch.channels_last)
+        """Move a network to the device, its weights in `memory_format`."""
+        return network.to(self.device, memory_format=self.memory_format)
 
     def synchronize(self) -> None:
         """Wait until the device has finished its work. Call it before reading a clock."""

@@ -130,6 +130,11 @@ class Scenario:
         return self.final.with_suffix(".onnx")
 
     @property
+    def standalone(self) -> Path:
+        """The final network as a program that PyTorch runs without this project."""
+        return self.final.with_suffix(".pt2")
+
+    @property
     def resume(self) -> Path:
         """The state of an interrupted run; removed when the run is complete."""
         return self._trained("resume") if self._trains else self.record.with_name(f"{self.name}_resume.json")
@@ -202,7 +207,7 @@ class Scenario:
         if not self._trains:
             return [self.record, self.report, self.table, self.resume]
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
-        return [*own, self.final, self.exported, self.resume, self._trained("epoch*")]
+        return [*own, self.final, self.exported, self.standalone, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model_name}_{self.dataset}_{stage}.pth"

@@ -1,0 +1,30 @@
+"""Packages that only some functions need."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import version
+from typing import Sequence
+
+from cleanai import UserError
+
+ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
+
+LEAST_TORCH = (2, 2)  # torch.export with a free batch size
+
+
+def require_packages(what: str, packages: Sequence[str]) -> None:
+    """Raise UserError when `what` needs packages that are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{what} needs packages that are not installed ({', '.join(missing)}): pip install {' '.join(missing)}"
+        )
+
+
+def require_torch_export(what: str) -> None:
+    """Raise UserError when PyTorch is too old for `what`. Does not import it."""
+    installed = version("torch")
+    if tuple(map(int, installed.split(".")[:2])) < LEAST_TORCH:
+        least = ".".join(map(str, LEAST_TORCH))
+        raise UserError(f"{what} needs PyTorch {least} or newer, and this is {installed}: pip install --upgrade torch")

@@ -1,0 +1,59 @@
+"""What the scripts share: publishing the results of a finished run."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from cleanai import UserError, image_set, stages
+from cleanai.measure import onnx_export
+from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.scenario import Scenario
+from tests.helpers import EXPORT, run_record
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    """A finished run of script 3, without its report."""
+    scenario = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda")
+    scenario.record.parent.mkdir(parents=True)
+    stages.save_record(scenario, run_record("Wanda"))
+    return scenario
+
+
+def _options(scenario, export="onnx"):
+    return Namespace(export=export, data_dir=scenario.checkpoints_dir, timing_seconds=7.0)
+
+
+def test_a_network_that_cannot_be_exported_leaves_the_finished_run_and_its_report(scenario, monkeypatch, capsys):
+    def refuse(*_):
+        raise UserError("it cannot be exported")
+
+    monkeypatch.setattr(onnx_export, "export_scenario", refuse)
+    record = read_record(scenario.record)
+    with pytest.raises(UserError, match="it cannot be exported"):
+        stages.publish(scenario, dict(record), _options(scenario))
+    assert "WANDA PRUNING" in capsys.readouterr().out
+    assert scenario.report.exists()
+    assert read_record(scenario.record) == record
+
+
+def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
+    given = []
+
+    def timed(calls, turns, calls_per_turn, compute, title):
+        given.append(compute.timing_s)
+        for call in calls.values():
+            call()
+        return {key: [0.001, 0.002] for key in calls}
+
+    images = image_set(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    monkeypatch.setattr(onnx_export, "time_in_turns", timed)
+    monkeypatch.setattr(onnx_export, "load_network", lambda path: network)
+    monkeypatch.setattr(onnx_export, "final_images", lambda scenario, data_dir: (images, ["a", "b"]))
+    stages.publish(scenario, run_record("Wanda"), _options(scenario))
+    assert given == [7.0]
+    assert read_record(scenario.record)["export"].keys() == EXPORT.keys()
+    assert scenario.exported.exists()
