@@ -51,7 +51,7 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
     images = image_set(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     monkeypatch.setattr(onnx_export, "time_in_turns", timed)
-    monkeypatch.setattr(onnx_export, "load_network", lambda path: network)
+    monkeypatch.setattr(onnx_export, "load_network", lambda path, model: network)
     monkeypatch.setattr(onnx_export, "final_images", lambda scenario, data_dir: (images, ["a", "b"]))
     stages.publish(scenario, run_record("Wanda"), _options(scenario))
     assert given == [7.0]
