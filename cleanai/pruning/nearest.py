@@ -13,7 +13,7 @@ from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, pru
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
-NEAR = 0.02  # the largest distance from the requested shares
+NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
 _TRIES = 5  # the search is not exhaustive: for another budget it may not find again what it found
 
 
@@ -27,7 +27,7 @@ def prune_near_budget(
 ) -> tuple[dict[str, Any], nn.Module]:
     """As `prune_to_budget`, but where the shares cannot be met exactly the nearest that can, with a line that says so.
 
-    Raises BudgetMissed when one of these differs by more than `NEAR`.
+    Raises BudgetMissed when one of these differs by more than `NEAR` says.
     """
     asked = [settings.ratio, settings.macs_ratio]
     for _ in range(_TRIES):
@@ -38,9 +38,13 @@ def prune_near_budget(
         nearest = [float(percent) / 100 for percent in re.findall(r"([\d.]+)%", missed.nearest)]
         nearest[1] -= 0.00005  # it is rounded, and no fewer multiply-accumulates than requested may be removed
         shares = [None if share is None else near for share, near in zip(asked, nearest)]
-        if any(share and not max(0, share - NEAR) < near < share + NEAR for share, near in zip(asked, nearest)):
+        if any(share and not (near > 0 and abs(near - share) < _near(share)) for share, near in zip(asked, nearest)):
             break
         if [settings.ratio, settings.macs_ratio] == asked:
             say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
         settings = replace(settings, ratio=shares[0], macs_ratio=shares[1])
     raise missed
+
+
+def _near(share: float) -> float:
+    return min(NEAR, (1 - share) / 10)

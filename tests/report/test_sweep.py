@@ -107,8 +107,8 @@ def test_fine_tuning_works_on_copies_and_leaves_the_random_choice_alone(whole, s
 
 
 def test_a_ratio_that_cannot_be_met_is_one_line(sweep):
-    with pytest.raises(UserError, match=r"A ratio of 0\.99 cannot be met .* the nearest is [\d.]+% of the parameters"):
-        sweep(ratios=[0.99])
+    with pytest.raises(UserError, match=r"A ratio of 0\.999 cannot be met .* the nearest is [\d.]+% of the parameters"):
+        sweep(ratios=[0.999])
 
 
 @pytest.fixture
