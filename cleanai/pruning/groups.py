@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cleanai import UserError
 from cleanai.pruning.tracing import LIMIT_S, all_groups, copied, prepared, refused, run_network, tensors_in, trace
@@ -24,6 +25,8 @@ _PASS_FUNCTIONS = (
     tp.prune_instancenorm_out_channels,
     tp.prune_prelu_out_channels,
 )
+
+_UNCLEAR = "operations that torch_pruning cannot follow"
 
 
 @dataclass
@@ -51,7 +54,14 @@ class Group:
         """Remove `units` from the network that `graph` was made from."""
         channels = [first + unit for first in range(0, self.channels, self.units) for unit in units]
         root = self.item[0].dep
-        graph.get_pruning_group(root.layer, root.pruning_fn, channels).prune()
+        item = graph.get_pruning_group(root.layer, root.pruning_fn, channels)
+        item.prune()
+        for part in item:
+            norm = part.dep.layer
+            if isinstance(norm, _InstanceNorm) and norm.running_mean is not None:  # torch_pruning forgets these
+                kept = torch.ones_like(norm.running_mean, dtype=torch.bool)
+                kept[part.idxs] = False
+                norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
 
 
 def find_groups(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph, list[Group]]:
@@ -73,8 +83,8 @@ def _find(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph
     shared = {module for module in names if any(holders[id(weight)] > 1 for weight in module._parameters.values())}
     found = []
     for item in all_groups(graph):
-        reason = "an attention" if item is None else _obstacle(item, names, shared)
-        found.append(reason or _group(item, names) or "an operation that rearranges channels")
+        reason = _UNCLEAR if item is None else _obstacle(item, names, shared)
+        found.append(reason or _group(item, names) or _UNCLEAR)
     return graph, found
 
 
@@ -158,7 +168,7 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
         sound = trials.sound_among(names)
     if not sound:
         reasons = sorted({reason for reason in found if isinstance(reason, str)} - ({"its outputs"} if names else set()))
-        reasons += ["an operation that rearranges channels"] if names else []
+        reasons += ["code that needs all of them"] if names else []
         raise refused(network, f"it has no channels that can be removed; they reach {', '.join(reasons)}")
     return sound
 

@@ -19,7 +19,7 @@ from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.least_squares import gram_matrix, output_errors
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
-from cleanai.pruning.tracing import copied, prepared, refused, require_prunable, unwrapped
+from cleanai.pruning.tracing import copied, prepared, refused, require_plain, require_working, unwrapped
 from cleanai.pruning.widths import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
@@ -94,6 +94,7 @@ def prune_to_budget(
     """
     started = time.perf_counter()
     network = unwrapped(network)
+    require_plain(network)
     with prepared(network):
         pruning = _Pruning(network, importance, images, compute, settings)
     with torch.inference_mode(False):
@@ -145,7 +146,7 @@ class _Pruning:
         if not (len(images.calibration) and len(images.repair)):
             raise UserError("Pruning needs at least one image for calibration, and one for the repair")
         self.example, two = (next(images.calibration.batches(count))[0] for count in (1, 2))
-        require_prunable(network, two)
+        require_working(network, two)
         self._require_repairable()
         self.sound = sound_groups(network, two)
         _, groups = self._groups(network)

@@ -96,8 +96,8 @@ def copied(network: nn.Module) -> nn.Module:
         raise refused(network, f"it cannot be copied ({type(error).__name__}: {one_line(error)})") from error
 
 
-def require_prunable(network: nn.Module, example: torch.Tensor) -> None:
-    """Raise UserError with the reason when a network cannot be pruned. `example` are images for it."""
+def require_plain(network: nn.Module) -> None:
+    """Raise UserError with the reason when a network cannot be pruned for what it consists of."""
     if isinstance(network, (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)):
         raise refused(network, "prune the network itself, before it is scripted or wrapped")
     for name, module in network.named_modules():
@@ -116,8 +116,12 @@ def require_prunable(network: nn.Module, example: torch.Tensor) -> None:
             )
     if not any(isinstance(module, CONSUMERS) for module in network.modules()):
         raise refused(network, "it has no convolutions or linear layers")
+
+
+def require_working(network: nn.Module, example: torch.Tensor) -> None:
+    """Raise UserError when a network does not run on images `example`, or not twice with the same finite outputs."""
     with prepared(network), torch.no_grad():
-        first, second = tensors_in(run_network(network, example)), tensors_in(run_network(network, example))
+        first, second = (tensors_in(run_network(network, example)) for _ in range(2))
     if not all(bool(outputs.isfinite().all()) for outputs in first):
         raise not_finite()
     if any(bool((one - two).abs().gt(1e-2 * one.abs().max()).any()) for one, two in zip(first, second) if len(one)):
@@ -196,8 +200,8 @@ def trace(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
 def all_groups(graph: tp.DependencyGraph) -> Iterator[tp.dependency.Group | None]:
     """Every group of torch_pruning, or None for one that it cannot follow.
 
-    Where attention reshapes its channels, torch_pruning multiplies their indices without end. It is stopped as soon as
-    there are more indices than any layer has features. Raises UserError after `LIMIT_S` seconds.
+    In some networks with attention torch_pruning multiplies the indices of channels without end. It is stopped as soon
+    as there are more of them than any layer has features. Raises UserError after `LIMIT_S` seconds.
     """
     started = time.monotonic()
     layers = [module for module in graph.module2node if isinstance(module, CONSUMERS)]
@@ -214,7 +218,7 @@ def all_groups(graph: tp.DependencyGraph) -> Iterator[tp.dependency.Group | None
         cut = graph.get_pruner_of_module(layer).prune_out_channels
         try:
             group = graph.get_pruning_group(layer, cut, list(range(graph.get_out_channels(layer))))
-        except _TooManyIndices:
+        except (_TooManyIndices, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             yield None
             continue
         visited.update(part.dep.layer for part in group if graph.is_out_channel_pruning_fn(part.dep.handler))
