@@ -93,12 +93,14 @@ class Run:
     def load_original(self) -> nn.Module:
         """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
         from cleanai.measure.results import Split
-        from cleanai.network.models import network_from
+        from cleanai.network.models import network_from, try_network
 
         scenario, args = self.scenario, self.args
         self.prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        in_batches = args.epochs or args.config.get("repair", "none") != "none"
+        try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
         print(
             f"Calibration uses {len(self.split.calibration):,} test images; "

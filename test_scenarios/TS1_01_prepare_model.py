@@ -49,7 +49,7 @@ def prepare(scenario, args):
     import torch
 
     from cleanai.measure.costs import count_parameters
-    from cleanai.network.models import build, save_network
+    from cleanai.network.models import build, save_network, try_network
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.network.weights import start_from
     from cleanai.runtime.checkpoints import find_checkpoint
@@ -63,6 +63,7 @@ def prepare(scenario, args):
     network = build(MODEL, len(run.images.classes))
     start_from(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0)
     network = run.compute.place(network)
+    try_network(network, run.images, args.batch_size if args.epochs else None, run.compute)
     if args.fresh:
         scenario.remove_outputs()
     find_checkpoint(scenario.pretrained, run.facts["config"])  # refuses an interrupted run with other settings

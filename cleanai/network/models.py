@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
+from cleanai.data.images import Images
 from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
+from cleanai.runtime.compute import Compute
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
@@ -95,7 +99,9 @@ def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
         for tensor in state.values():
             if tensor.is_floating_point():
                 tensor.masked_fill_(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0)
-    save_checkpoint(path, {**facts, "state_dict": {name: tensor.cpu() for name, tensor in state.items()}})
+    for name in list(state):
+        state[name] = state[name].cpu()  # in place: a new dictionary would lose the versions of the modules
+    save_checkpoint(path, {**facts, "state_dict": state})
 
 
 def load_network(path: Path) -> nn.Module:
@@ -107,18 +113,20 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     """The network in a checkpoint that was read from `path`. UserError when its weights do not fit the model."""
     model, classes, state = checkpoint["model"], len(checkpoint["classes"]), checkpoint["state_dict"]
     network = build(model, classes).eval()
-    own = network.state_dict()
-    different = [name for name in own if getattr(state.get(name), "ndim", None) != own[name].ndim]
-    if different:
-        raise UserError(f"{path} does not hold a {model}: {different[0]} is missing or of another kind")
+    for name, tensor in network.state_dict().items():
+        stored = state.get(name)
+        kind = (torch.Tensor, tensor.ndim, tensor.is_floating_point())
+        if not isinstance(stored, torch.Tensor) or (kind[1], kind[2]) != (stored.ndim, stored.is_floating_point()):
+            raise UserError(f"{path} does not hold a {model}: {name} is missing or of another kind")
     give_shapes(network, state)
     load_into(network, state, path)
+    weight = next(network.parameters())
     try:
         with torch.inference_mode():  # finds layers whose shapes do not fit each other
-            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]))
+            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]).to(weight.dtype))
     except torch.cuda.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold a {model} that works: {one_line(error)}") from error
     if outputs.shape != (1, classes):
         raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {tuple(outputs.shape)}")
@@ -130,31 +138,101 @@ def load_into(network: nn.Module, state: dict[str, torch.Tensor], path: Path) ->
     own = network.state_dict()
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         raise UserError(f"{path} does not fit this network: it is from a run with another one. Start over with --fresh")
-    network.load_state_dict(state)
+    own.update(state)  # with the versions of this network's modules: older checkpoints have none
+    network.load_state_dict(own)
 
 
 def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give every layer of an unpruned network the shape its tensors have in `state`.
+    """Give every layer of an unpruned network the shape its tensors have in `state`. Shared weights stay shared.
 
     Raises KeyError when `state` lacks a tensor of the network.
     """
+    shaped: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
-        for key, tensor in module.named_parameters(recurse=False):
-            like = torch.empty_like(state[prefix + key])  # its order in memory, too
-            module.register_parameter(key, nn.Parameter(like, requires_grad=tensor.requires_grad))
-        for key, _ in module.named_buffers(recurse=False):
-            module.register_buffer(key, torch.empty_like(state[prefix + key]))
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            if module.groups == module.in_channels:  # depthwise: one group per channel
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                like = torch.empty_like(state[prefix + key])  # its order in memory, too
+                shaped.setdefault(tensor, nn.Parameter(like, requires_grad=tensor.requires_grad))
+                module.register_parameter(key, shaped[tensor])
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                module.register_buffer(key, torch.empty_like(state[prefix + key]))
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if module.weight.shape[0] % module.groups:  # a depthwise one: one group per channel
                 module.groups = module.weight.shape[0]
             widths = module.weight.shape[0], module.weight.shape[1] * module.groups
-            transposed = isinstance(module, nn.ConvTranspose2d)
-            module.in_channels, module.out_channels = widths if transposed else widths[::-1]
-        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            module.in_channels, module.out_channels = widths if module.transposed else widths[::-1]
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
             sized = module.weight if module.running_mean is None else module.running_mean
             module.num_features = module.num_features if sized is None else len(sized)
         elif isinstance(module, nn.PReLU):
             module.num_parameters = len(module.weight)
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
+
+
+_SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)  # pixels, tried when pictures do not fit
+
+
+def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:
+    """Raise UserError when a network cannot classify these images, or cannot be trained on them in such batches.
+
+    A copy of the network, on the device of `compute`, runs on one and two images in evaluation mode, and in training
+    mode on as many as a batch has, at most two. None leaves out the training. Network and random numbers stay as they
+    are. What the network raises by itself, other than a lack of memory, is told in one line.
+    """
+    trial, classes, name = copy.deepcopy(network), len(images.classes), type(network).__name__
+    height, width = images.test.pixels.shape[2:]
+    size = f"{height} x {width} pixels"
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), compute.autocast():
+        for count in (1, 2):
+            inputs = next(images.test.select(torch.arange(count) % len(images.test)).batches(count))[0]
+            fault, advice = _fault(trial.eval(), inputs, classes)
+            if fault and not advice:
+                sides = sorted(_SIDES, key=lambda side: abs(side - min(height, width)))
+                pictures = (F.interpolate(inputs, (side, side)) for side in sides)
+                fitting = next((each.shape[-1] for each in pictures if not _fault(trial, each, classes)[0]), None)
+                advice = f"{fitting} x {fitting} pixels fit: resize the images" if fitting else "Use another network"
+            if fault:
+                raise UserError(f"{name} does not work on images of {size}: {fault}. {advice}")
+        if batch_size is None:
+            return
+        count = min(2, batch_size, len(images.train))
+        inputs = next(images.train.select(torch.arange(count)).batches(count))[0]
+        fault, advice = _fault(trial.train(), inputs, classes)
+        if fault and count == 1 and not _fault(trial, inputs.repeat(2, 1, 1, 1), classes)[0]:
+            option = "--batch-size 1" if batch_size == 1 else "One training image"
+            raise UserError(f"{option} is too little for batch norm in {name}: {fault}. Use at least 2")
+        if fault:
+            raise UserError(f"{name} cannot be trained on images of {size}: {fault}. {advice or 'Use another network'}")
+
+
+def _fault(network: nn.Module, inputs: torch.Tensor, classes: int) -> tuple[str, str]:
+    """What is wrong with a network or its outputs for these inputs, and what to do if it is not their size."""
+    running = [""]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.append(names[module])
+
+    names = {module: name for name, module in network.named_modules() if name and not list(module.children())}
+    hooks = [module.register_forward_pre_hook(enter) for module in names]
+    try:
+        outputs = network(inputs)
+    except Exception as error:  # the network may be anybody's
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise
+        layer = dict(network.named_modules())[running[-1]]
+        wanted, given = getattr(layer, "in_channels", None), inputs.shape[1]
+        if len(running) == 2 and wanted not in (None, given):
+            return f"its first layer {running[-1]} reads {wanted} channels, not {given} (RGB)", f"Let it read {given}"
+        return f"{one_line(error)}{f' (layer {running[-1]})' if running[-1] else ''}", ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    expected = (len(inputs), classes)
+    if shape == expected:
+        return "", ""
+    return f"its outputs are {shape}, not {expected}", f"Let it return one number for each of {classes} classes"

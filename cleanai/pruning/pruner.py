@@ -31,7 +31,7 @@ class BudgetMissed(UserError):
     """Shares that cannot be removed from a network; `nearest` are the nearest found, `possible` what can be met."""
 
     def __init__(self, requested: str, nearest: str, possible: Sequence[str]) -> None:
-        advice = f"These can be met: {'; '.join(possible)}" if possible else "Ask for less"
+        advice = f"These can be met: {'; '.join(possible)}" if possible else "Try other shares"
         super().__init__(f"{requested} cannot be met in this network: the nearest is {nearest}. {advice}")
         self.nearest = nearest
 

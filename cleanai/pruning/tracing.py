@@ -23,6 +23,7 @@ from cleanai.runtime.progress import progress
 LIMIT_S = 600.0  # of the search for groups of channels; ResNet-18 takes a second
 # Layers whose weight and bias, where they have one, are parameters.
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_ROUNDS = 3
 _SHORTAGE = re.compile("out of memory|allocate memory|enough memory")
 
 
@@ -200,15 +201,18 @@ def trace(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
 def all_groups(graph: tp.DependencyGraph) -> Iterator[tp.dependency.Group | None]:
     """Every group of torch_pruning, or None for one that it cannot follow.
 
-    In some networks with attention torch_pruning multiplies the indices of channels without end. It is stopped as soon
-    as there are more of them than any layer has features. Raises UserError after `LIMIT_S` seconds.
+    In some networks with attention torch_pruning goes round in circles, with more and more indices of channels. It is
+    stopped as soon as there are more of them than any layer has features, or when it has followed as many dependencies
+    as the graph has several times. Raises UserError after `LIMIT_S` seconds.
     """
     started = time.monotonic()
     layers = [module for module in graph.module2node if isinstance(module, CONSUMERS)]
-    most = max((max(layer.weight.shape[:2]) * getattr(layer, "groups", 1) for layer in layers), default=0)
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:
-            dependency.index_mapping = _Bounded(dependency.index_mapping, most)
+    dependencies = [dependency for node in graph.module2node.values() for dependency in node.dependencies]
+    shapes = [(*layer.weight.shape[:2], getattr(layer, "groups", 1)) for layer in layers]
+    features = max((max(one, other * groups) for one, other, groups in shapes), default=0)
+    limit = _Limit(features, _ROUNDS * len(dependencies))
+    for dependency in dependencies:
+        dependency.index_mapping = _Bounded(dependency.index_mapping, limit)
     visited: set[nn.Module] = set()
     for layer in progress(layers, "Tracing channels", "layer"):
         if time.monotonic() - started > LIMIT_S:
@@ -216,34 +220,48 @@ def all_groups(graph: tp.DependencyGraph) -> Iterator[tp.dependency.Group | None
         if layer in visited:
             continue
         cut = graph.get_pruner_of_module(layer).prune_out_channels
+        limit.followed = 0
         try:
             group = graph.get_pruning_group(layer, cut, list(range(graph.get_out_channels(layer))))
-        except (_TooManyIndices, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except (_Circle, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             yield None
             continue
         visited.update(part.dep.layer for part in group if graph.is_out_channel_pruning_fn(part.dep.handler))
+        limit.followed = 0
         yield group
 
 
-class _TooManyIndices(Exception):
+class _Circle(Exception):
     pass
 
 
-class _Bounded(list):
-    """The index mappings of a dependency of torch_pruning, each of which refuses to return more than `most` indices."""
+@dataclasses.dataclass
+class _Limit:
+    """The most indices at once and dependencies followed in one group, and the number of those followed."""
 
-    def __init__(self, mappings: list[Any], most: int) -> None:
+    indices: int
+    dependencies: int
+    followed: int = 0
+
+
+class _Bounded(list):
+    """The index mappings of a dependency of torch_pruning, which raise _Circle beyond a limit."""
+
+    def __init__(self, mappings: list[Any], limit: _Limit) -> None:
         super().__init__(mappings)
-        self._most = most
+        self._limit = limit
 
     def __iter__(self) -> Iterator[Any]:
+        self._limit.followed += 1
+        if self._limit.followed > self._limit.dependencies:
+            raise _Circle
         return (self._bounded(mapping) for mapping in super().__iter__() if mapping is not None)
 
     def _bounded(self, mapping: Any) -> Any:
         def apply(indices: Any) -> Any:
             mapped = mapping(indices)
-            if len(mapped) > self._most:
-                raise _TooManyIndices
+            if len(mapped) > self._limit.indices:
+                raise _Circle
             return mapped
 
         return apply
