@@ -20,6 +20,7 @@ from cleanai.runtime.files import write_bytes, writing
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
+_FOLDER = 0x10  # among the attributes of a member of an archive
 # The types of a checkpoint's entries, where they are present.
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("config", "state_dict", "training", "pruning", "evaluation"), dict),
@@ -114,7 +115,8 @@ def verified_size(path: Path) -> int:
             members = archive.infolist()
             size = sum(member.file_size for member in members)
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            if packed or size > path.stat().st_size or archive.testzip() is not None:
+            folders = any(member.external_attr & _FOLDER for member in members)  # PyTorch would read nothing from it
+            if packed or folders or size > path.stat().st_size or archive.testzip() is not None:
                 raise ValueError(path)
     except OSError as error:
         if error.errno == errno.EINVAL:  # a damaged archive names a place before its beginning
