@@ -172,7 +172,23 @@ def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
             module.out_features, module.in_features = module.weight.shape
 
 
-_SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)  # pixels, tried when pictures do not fit
+_SIDES = (
+    16,
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    224,
+    256,
+    299,
+    320,
+    384,
+    448,
+    512,
+)  # pixels, tried when pictures do not fit
 
 
 def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:

@@ -167,7 +167,9 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
         trials = _Trials(network, example)
         sound = trials.sound_among(names)
     if not sound:
-        reasons = sorted({reason for reason in found if isinstance(reason, str)} - ({"its outputs"} if names else set()))
+        reasons = sorted(
+            {reason for reason in found if isinstance(reason, str)} - ({"its outputs"} if names else set())
+        )
         reasons += ["code that needs all of them"] if names else []
         raise refused(network, f"it has no channels that can be removed; they reach {', '.join(reasons)}")
     return sound
