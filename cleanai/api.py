@@ -12,10 +12,10 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import ImageSet
-from cleanai.network.evaluation import copied, try_outputs
+from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
 from cleanai.pruning.nearest import prune_near_budget
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings
+from cleanai.pruning.pruner import PruneImages, PruneSettings
 from cleanai.pruning.repair import most_images
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
@@ -61,15 +61,7 @@ def prune(
     importance = _importance(criterion)
     with _Workplace(network) as place:
         used = _prune_images(place.network, place.prepared(images))
-        try:
-            report, _ = prune_near_budget(place.network, importance, used, place.compute, settings)
-        except BudgetMissed as error:
-            asked = [f"{name}={share:g}" for name, share in (("ratio", ratio), ("macs_ratio", macs_ratio)) if share]
-            finer = "" if 1 in settings.round_to else ", or allow any width with round_to=(1,)"
-            raise UserError(
-                f"{' and '.join(asked)} cannot be met in this network: the nearest is {error.nearest}. Ask for that, "
-                f"or leave one of them free with None{finer}"
-            ) from error
+        report, _ = prune_near_budget(place.network, importance, used, place.compute, settings)
         return place.network.to(place.home), report
 
 
@@ -94,13 +86,14 @@ def measure_sweep(
     with _Workplace(network) as place:
         used = _prune_images(place.network, place.prepared(images))
         test = place.prepared(test, "test", least=1)
+        outputs = try_outputs(place.network, next(test.batches(2))[0], "test").shape[1:]
         labels = test.labels.unique().tolist()
         if len(labels) == 1:
             raise UserError(
                 "test has images of one class only: give image_set the labels of a tensor, or class folders"
             )
-        if len(place.outputs) > 1 or labels[-1] >= place.outputs[0]:
-            shape = "x".join(map(str, place.outputs))
+        if len(outputs) > 1 or labels[-1] >= outputs[0]:
+            shape = "x".join(map(str, outputs))
             raise UserError(f"test has the label {labels[-1]}, and the network gives {shape} scores per image")
         # Widths that meet the highest ratio may not meet the others: any width, so that small networks meet all.
         sweep = Sweep(place.network, [float(ratio) for ratio in ratios], used, test, place.compute, round_to=(1,))
@@ -150,13 +143,13 @@ class _Workplace:
             torch.cuda.set_device(self._current)
 
     def prepared(self, images: ImageSet, name: str = "images", least: int = LEAST_IMAGES) -> ImageSet:
-        """The images on the device. UserError when the network does not take them; sets the shape of `outputs`."""
+        """The images on the device. UserError when the network does not take them."""
         if not isinstance(images, ImageSet):
             raise UserError(f"{name} is a {type(images).__name__}: make it with cleanai.image_set(folder or tensor)")
         if len(images) < least:
             raise UserError(f"{name} holds {len(images)} images: give at least {least}")
         images = replace(images.to(self.compute.device), memory_format=self.compute.memory_format)
-        self.outputs = try_outputs(self.network, next(images.batches(2))[0], name).shape[1:]
+        try_run(self.network, next(images.batches(2))[0], name)
         return images
 
 

@@ -112,14 +112,29 @@ class Run:
     repair_images: int = field(init=False)  # training images for the repair
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
+    def save_pretrained(self, network: nn.Module) -> None:
+        """Try the preparing script's network on its images, and save it. With --fresh deletes earlier results."""
+        from cleanai.network.models import save_network
+        from cleanai.network.trial import try_network
+
+        try_network(network, self.images, self.args.batch_size if self.args.epochs else None, self.compute)
+        if self.args.fresh:
+            self.scenario.remove_outputs()
+        # Refuses an interrupted run with other settings.
+        find_checkpoint(self.scenario.pretrained, self.facts["config"], model=self.scenario.model)
+        save_network(self.scenario.pretrained, network, self.facts)
+
     def load_original(self) -> nn.Module:
         """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
         from cleanai.measure.results import Split
         from cleanai.network.models import network_from
+        from cleanai.network.trial import try_network
 
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        in_batches = args.epochs or args.config.get("repair", "none") != "none"
+        try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
         print(
             f"Calibration uses {len(self.split.calibration):,} test images; "

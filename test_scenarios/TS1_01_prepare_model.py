@@ -54,10 +54,9 @@ def prepare(scenario, args):
     import torch
 
     from cleanai.measure.costs import count_parameters
-    from cleanai.network.models import build, save_network
+    from cleanai.network.models import build
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.network.weights import start_from
-    from cleanai.runtime.checkpoints import find_checkpoint
     from cleanai.runtime.distributed import end_all_but_first
 
     # Load: the device, the images, and the network with the weights that it starts from.
@@ -66,10 +65,7 @@ def prepare(scenario, args):
     network = build(MODEL, len(run.images.classes))
     start_from(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0)
     network = run.compute.place(network)
-    if args.fresh:
-        scenario.remove_outputs()
-    find_checkpoint(scenario.pretrained, run.facts["config"])  # refuses an interrupted run with other settings
-    save_network(scenario.pretrained, network, run.facts)
+    run.save_pretrained(network)
     run.evaluate("before fine-tuning", network)
 
     # Fine-tune. The network of the last epoch is the result, whichever was best on the test images.

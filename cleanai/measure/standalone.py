@@ -19,8 +19,8 @@ from torch import nn
 from cleanai import UserError
 from cleanai.data.images import ImageSet, ImageSettings
 from cleanai.data.sources import load_images
-from cleanai.network.evaluation import copied, try_outputs
 from cleanai.network.models import load_network
+from cleanai.network.trial import copied, try_outputs
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.files import replacing
 from cleanai.runtime.packages import require_torch_export

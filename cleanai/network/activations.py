@@ -12,7 +12,7 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.runtime.compute import Compute
 
-CONSUMERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+CONSUMERS = (nn.modules.conv._ConvNd, nn.Linear)
 # The recorded means. PyTorch sums signs five times as fast as truth values.
 MOMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean_absolute": torch.abs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.runtime.compute import Compute
-from cleanai.runtime.files import one_line
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,3 @@ def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str 
     flags = torch.cat(correct).cpu()
     accuracy_percent = 100 * int(flags.sum()) / len(images)
     return Evaluation(accuracy_percent, loss.item() / len(images), flags)
-
-
-def copied(network: nn.Module) -> nn.Module:
-    """A copy of a network. UserError when it cannot be copied."""
-    try:
-        return copy.deepcopy(network)
-    except RuntimeError as error:  # it holds a tensor with a gradient that is no parameter
-        raise UserError(f"{type(network).__name__} cannot be copied ({one_line(error)[:200]})") from error
-
-
-def try_outputs(network: nn.Module, inputs: torch.Tensor, name: str) -> torch.Tensor:
-    """The outputs (B, K, ...) of a network in evaluation mode for images that it may not take, called `name`.
-
-    Raises UserError when it cannot run on them, or gives anything but one tensor with a row per image.
-    """
-    title = type(network).__name__
-    try:
-        with torch.inference_mode():
-            outputs = network(inputs)
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # a network of the user's can raise anything
-        raise UserError(
-            f"{title} does not take {name} of {' x '.join(map(str, inputs.shape[1:]))} ({one_line(error)[:200]}): "
-            "give images of the size that it was trained on, image_set(folder, size=N)"
-        ) from error
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2 or len(outputs) != len(inputs):
-        found = "x".join(map(str, getattr(outputs, "shape", ()))) or f"a {type(outputs).__name__}"
-        raise UserError(f"{title} gives {found} for {len(inputs)} images, and must give one tensor, a row per image")
-    return outputs

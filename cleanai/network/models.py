@@ -108,7 +108,9 @@ def save_network(path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
         for tensor in state.values():
             if tensor.is_floating_point():
                 tensor.masked_fill_(tensor.abs() < torch.finfo(tensor.dtype).tiny, 0)
-    save_checkpoint(path, {**facts, "state_dict": {name: tensor.cpu() for name, tensor in state.items()}})
+    for name in list(state):
+        state[name] = state[name].cpu()  # in place: a new dictionary would lose the versions of the modules
+    save_checkpoint(path, {**facts, "state_dict": state})
 
 
 def load_network(path: Path, model: str | None = None) -> nn.Module:
@@ -128,18 +130,20 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     """The network in a checkpoint that was read from `path`. UserError when its weights do not fit the model."""
     model, classes, state = checkpoint["model"], len(checkpoint["classes"]), checkpoint["state_dict"]
     network = build(model, classes).eval()
-    own = network.state_dict()
-    different = [name for name in own if getattr(state.get(name), "ndim", None) != own[name].ndim]
-    if different:
-        raise UserError(f"{path} does not hold a {model}: {different[0]} is missing or of another kind")
+    for name, tensor in network.state_dict().items():
+        stored = state.get(name)
+        kind = (torch.Tensor, tensor.ndim, tensor.is_floating_point())
+        if not isinstance(stored, torch.Tensor) or (kind[1], kind[2]) != (stored.ndim, stored.is_floating_point()):
+            raise UserError(f"{path} does not hold a {model}: {name} is missing or of another kind")
     give_shapes(network, state)
     load_into(network, state, path)
+    weight = next(network.parameters())
     try:
         with torch.inference_mode():  # finds layers whose shapes do not fit each other
-            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]))
+            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]).to(weight.dtype))
     except torch.cuda.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold a {model} that works: {one_line(error)}") from error
     if outputs.shape != (1, classes):
         raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {tuple(outputs.shape)}")
@@ -151,28 +155,32 @@ def load_into(network: nn.Module, state: dict[str, torch.Tensor], path: Path) ->
     own = network.state_dict()
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         raise UserError(f"{path} does not fit this network: it is from a run with another one. Start over with --fresh")
-    network.load_state_dict(state)
+    own.update(state)  # with the versions of this network's modules: older checkpoints have none
+    network.load_state_dict(own)
 
 
 def give_shapes(network: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Give every layer of an unpruned network the shape its tensors have in `state`.
+    """Give every layer of an unpruned network the shape its tensors have in `state`. Shared weights stay shared.
 
     Raises KeyError when `state` lacks a tensor of the network.
     """
+    shaped: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in network.named_modules():
         prefix = f"{name}." if name else ""
-        for key, tensor in module.named_parameters(recurse=False):
-            like = torch.empty_like(state[prefix + key])  # its order in memory, too
-            module.register_parameter(key, nn.Parameter(like, requires_grad=tensor.requires_grad))
-        for key, _ in module.named_buffers(recurse=False):
-            module.register_buffer(key, torch.empty_like(state[prefix + key]))
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            if module.groups == module.in_channels:  # depthwise: one group per channel
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                like = torch.empty_like(state[prefix + key])  # its order in memory, too
+                shaped.setdefault(tensor, nn.Parameter(like, requires_grad=tensor.requires_grad))
+                module.register_parameter(key, shaped[tensor])
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                module.register_buffer(key, torch.empty_like(state[prefix + key]))
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if module.weight.shape[0] % module.groups:  # a depthwise one: one group per channel
                 module.groups = module.weight.shape[0]
             widths = module.weight.shape[0], module.weight.shape[1] * module.groups
-            transposed = isinstance(module, nn.ConvTranspose2d)
-            module.in_channels, module.out_channels = widths if transposed else widths[::-1]
-        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            module.in_channels, module.out_channels = widths if module.transposed else widths[::-1]
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
             sized = module.weight if module.running_mean is None else module.running_mean
             module.num_features = module.num_features if sized is None else len(sized)
         elif isinstance(module, nn.PReLU):

@@ -89,9 +89,8 @@ def weight_sums(layer: nn.Module) -> torch.Tensor:
     groups = getattr(layer, "groups", 1)
     if isinstance(layer, nn.Linear):
         return weight[None]
-    if isinstance(layer, nn.ConvTranspose2d):  # (inputs, outputs per group, kernel)
-        return weight.sum((2, 3)).reshape(groups, -1, weight.shape[1]).transpose(1, 2)
-    return weight.sum((2, 3)).reshape(groups, -1, weight.shape[1])
+    sums = weight.flatten(2).sum(2).unflatten(0, (groups, -1))
+    return sums.transpose(1, 2) if layer.transposed else sums  # a transposed one has (inputs, outputs per group)
 
 
 # By the names in `runtime/methods.py`.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
+import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cleanai import UserError
-from cleanai.network.activations import CONSUMERS
+from cleanai.network.trial import copied
+from cleanai.pruning.tracing import LIMIT_S, all_groups, prepared, refused, run_network, tensors_in, trace
+from cleanai.runtime.progress import say
 
 # The functions of torch_pruning that remove a channel from a layer that reads it, that produces it, and that
 # processes each channel by itself.
@@ -23,6 +26,8 @@ _PASS_FUNCTIONS = (
     tp.prune_instancenorm_out_channels,
     tp.prune_prelu_out_channels,
 )
+
+_UNCLEAR = "operations that torch_pruning cannot follow"
 
 
 @dataclass
@@ -50,42 +55,57 @@ class Group:
         """Remove `units` from the network that `graph` was made from."""
         channels = [first + unit for first in range(0, self.channels, self.units) for unit in units]
         root = self.item[0].dep
-        graph.get_pruning_group(root.layer, root.pruning_fn, channels).prune()
+        item = graph.get_pruning_group(root.layer, root.pruning_fn, channels)
+        item.prune()
+        for part in item:
+            norm = part.dep.layer
+            if isinstance(norm, _InstanceNorm) and norm.running_mean is not None:  # torch_pruning forgets these
+                kept = torch.ones_like(norm.running_mean, dtype=torch.bool)
+                kept[part.idxs] = False
+                norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
 
 
 def find_groups(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph, list[Group]]:
-    """The dependency graph of a network, by a forward pass of `example`, and its groups that some layer reads.
+    """The dependency graph of a network, by a forward pass of `example`, and its groups that can be removed.
 
-    The network's outputs are left out, and channels that a layer norm or the like mixes: without some of them the
-    others would change. Raises UserError when torch_pruning cannot follow the forward pass, or when a layer takes no
-    part in it.
+    Left out are channels that reach the network's outputs, channels that a layer norm or the like mixes (without some
+    of them the others would change), and those of weights that two layers share. The network stays as it was. Raises
+    UserError as `trace` and `all_groups` do.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about parameters outside of layers; `_group` leaves these out
-            # Evaluation mode: tracing must not move the running statistics of batch norm.
-            graph = tp.DependencyGraph().build_dependency(network.eval(), example_inputs=example)
-        items = list(graph.get_all_groups())
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{type(network).__name__} cannot be pruned: torch_pruning cannot trace its channels "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    graph, found = _find(network, example)
+    return graph, [group for group in found if isinstance(group, Group)]
+
+
+def _find(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph, list[Group | str]]:
+    """As `find_groups`, with the reason in place of each group that cannot be removed."""
+    graph = trace(network, example)
     names = {module: name for name, module in network.named_modules()}
-    idle = [name for module, name in names.items() if isinstance(module, CONSUMERS) and module not in graph.module2node]
-    if idle:
-        raise UserError(
-            f"{type(network).__name__} cannot be pruned: {', '.join(idle[:3])}{', ...' if len(idle) > 3 else ''} take "
-            "no part in a forward pass in evaluation mode: build it without them (GoogLeNet: aux_logits=False)"
-        )
-    groups = [_group(item, names) for item in items]
-    return graph, [group for group in groups if group is not None]
+    holders = Counter(id(weight) for module in names for weight in module._parameters.values() if weight is not None)
+    shared = {module for module in names if any(holders[id(weight)] > 1 for weight in module._parameters.values())}
+    found = []
+    for item in all_groups(graph):
+        reason = _UNCLEAR if item is None else _obstacle(item, names, shared)
+        found.append(reason or _group(item, names) or _UNCLEAR)
+    return graph, found
+
+
+def _obstacle(item: tp.dependency.Group, names: dict[nn.Module, str], shared: set[nn.Module]) -> str | None:
+    """What the channels of a group reach that does not let them be removed, if there is such a thing."""
+    for part in item:
+        layer, cut = part.dep.layer, part.dep.pruning_fn
+        if isinstance(layer, nn.Parameter):
+            return "a parameter outside of the layers"
+        if part.dep.target.type == tp.ops.OPTYPE.OUTPUT:
+            return "its outputs"
+        if layer in names and cut not in READ_FUNCTIONS + _WRITE_FUNCTIONS + _PASS_FUNCTIONS:
+            return type(layer).__name__
+        if layer in shared:
+            return "weights that two layers share"
+    return None if any(part.dep.pruning_fn in READ_FUNCTIONS for part in item) else "its outputs"
 
 
 def _group(item: tp.dependency.Group, names: dict[nn.Module, str]) -> Group | None:
-    """A group of torch_pruning as ours, or None when its channels cannot be removed."""
+    """A group of torch_pruning as ours, or None when its indices do not fit its layers."""
     channels, parallels = len(item[0].idxs), {_parallel(part.dep.layer) for part in item}
     parallel = max(parallels)
     if channels == parallel or channels % parallel or any(parallel % other for other in parallels):
@@ -95,23 +115,38 @@ def _group(item: tp.dependency.Group, names: dict[nn.Module, str]) -> Group | No
     producers: dict[nn.Module, float] = {}
     for part in item:
         layer, cut = part.dep.layer, part.dep.pruning_fn
-        if cut in READ_FUNCTIONS:
-            inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-            unit = consumers.setdefault(layer, torch.full((inputs,), -1))
-            unit[torch.tensor(part.idxs)] = torch.tensor(part.root_idxs) % units
-        elif cut in _WRITE_FUNCTIONS or cut in _PASS_FUNCTIONS:
-            producers[layer] = producers.get(layer, 0) + len(part.idxs) / channels
-        elif layer in names or isinstance(layer, nn.Parameter) or part.dep.target.type == tp.ops.OPTYPE.OUTPUT:
+        if layer not in names:
+            continue
+        reads = cut in READ_FUNCTIONS
+        width = cut.__self__.get_in_channels(layer) if reads else cut.__self__.get_out_channels(layer)
+        if width is None:  # a PReLU of one parameter
+            continue
+        if max(part.idxs) >= width or None in part.root_idxs:
             return None
+        if reads:
+            unit = consumers.setdefault(layer, torch.full((width,), -1))
+            unit[torch.tensor(part.idxs)] = torch.tensor(part.root_idxs) % units
+        else:
+            producers[layer] = producers.get(layer, 0) + len(part.idxs) / channels
     spreads = {layer: _spread(unit) if isinstance(layer, nn.Linear) else 1 for layer, unit in consumers.items()}
-    name = names[item[0].dep.layer]
-    return Group(name, item, channels, units, consumers, spreads, producers) if consumers else None
+    if not all(_is_even(unit, units, spreads[layer], layer) for layer, unit in consumers.items()):
+        return None
+    return Group(names[item[0].dep.layer], item, channels, units, consumers, spreads, producers)
 
 
 def _spread(unit: torch.Tensor) -> int:
     """The number of consecutive inputs with the same unit."""
     runs = unit.unique_consecutive(return_counts=True)
     return int(runs[1][runs[0] >= 0].min())
+
+
+def _is_even(unit: torch.Tensor, units: int, spread: int, layer: nn.Module) -> bool:
+    """Whether a layer reads every unit (I,) equally often, `spread` inputs at a time."""
+    parallel = getattr(layer, "groups", 1)
+    first = unit[: len(unit) // parallel]
+    counts = first[first >= 0].bincount(minlength=units)
+    runs = unit[::spread].repeat_interleave(spread)[: len(unit)]
+    return bool((counts == counts[0]).all()) and torch.equal(runs, unit) and len(unit) % spread == 0
 
 
 def _parallel(layer: nn.Module) -> int:
@@ -121,47 +156,92 @@ def _parallel(layer: nn.Module) -> int:
 
 
 def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
-    """The names of the groups whose removal has the same effect as zeroing their channels.
+    """The names of the groups whose removal has the same effect as zeroing their channels, at least one.
 
     Some networks reorder channels in a way that torch_pruning misreads; it would then remove the wrong ones. Such
-    groups are found by trying, on copies in double precision, and are left alone.
+    groups are found by trying, on copies in double precision, and are left alone. Raises UserError, with the reason,
+    when no group remains.
     """
-    names = [group.name for group in find_groups(network, example)[1]]
-    if _is_sound(network, example, names):
-        return set(names)
-    return {name for name in names if _is_sound(network, example, [name])}
+    found = _find(network, example)[1]
+    names = [group.name for group in found if isinstance(group, Group)]
+    with prepared(network):
+        trials = _Trials(network, example)
+        sound = trials.sound_among(names)
+    if not sound:
+        reasons = sorted(
+            {reason for reason in found if isinstance(reason, str)} - ({"its outputs"} if names else set())
+        )
+        reasons += ["code that needs all of them"] if names else []
+        raise refused(network, f"it has no channels that can be removed; they reach {', '.join(reasons)}")
+    return sound
 
 
-def _is_sound(network: nn.Module, example: torch.Tensor, names: list[str]) -> bool:
-    """Whether removing a random third of the units of these groups has the same effect as zeroing them."""
-    trial, example = copy.deepcopy(network).double().eval(), example.double()
-    graph, groups = find_groups(trial, example)
-    generator = torch.Generator().manual_seed(0)
-    zeroed: dict[nn.Module, torch.Tensor] = {}
-    cuts = []
-    for group in groups:
-        if group.name not in names:
-            continue
-        cut = torch.randperm(group.units, generator=generator)[: max(1, group.units // 3)]
-        cuts.append((group, cut.tolist()))
-        for layer, unit in group.consumers.items():
-            zeroed[layer] = zeroed.get(layer, torch.zeros(len(unit), dtype=torch.bool)) | torch.isin(unit, cut)
+class _Trials:
+    """Compares, on copies of a network, removing channels with zeroing them."""
 
-    def zero(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        mask = (~zeroed[layer]).to(args[0])
-        return args[0] * (mask if isinstance(layer, nn.Linear) else mask[:, None, None])
+    def __init__(self, network: nn.Module, example: torch.Tensor) -> None:
+        self._network, self._example, self._double = network, example, True
+        self._deadline, self._told = time.monotonic() + LIMIT_S, False
+        try:
+            self._outputs(self._copy())
+        except UserError:  # it computes in a precision of its own
+            self._double = False
 
-    with torch.no_grad():
-        before = trial(example)
+    def _copy(self) -> nn.Module:
+        trial = copied(self._network)
+        return trial.double() if self._double else trial
+
+    def _outputs(self, network: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [outputs.double() for outputs in tensors_in(run_network(network, self._example))]
+
+    def sound_among(self, names: list[str]) -> set[str]:
+        """The names of the groups that are sound: all together, or those that are in a half, and so on."""
+        if time.monotonic() > self._deadline:
+            raise refused(self._network, f"the search for its channels takes more than {LIMIT_S:.0f} s")
+        if self.are_sound(names):
+            return set(names)
+        if not self._told and len(names) > 1:
+            say(f"Trying which of {len(names)} groups of channels can be removed")
+            self._told = True
+        half = len(names) // 2
+        return self.sound_among(names[:half]) | self.sound_among(names[half:]) if half else set()
+
+    def are_sound(self, names: list[str]) -> bool:
+        """Whether removing a random third of the units of these groups has the same effect as zeroing them."""
+        trial = self._copy()
+        graph, groups = find_groups(trial, self._example)
+        generator = torch.Generator().manual_seed(0)
+        zeroed: dict[nn.Module, torch.Tensor] = {}
+        cuts = []
+        for group in groups:
+            if group.name not in names:
+                continue
+            cut = torch.randperm(group.units, generator=generator)[: max(1, group.units // 3)]
+            cuts.append((group, cut.tolist()))
+            for layer, unit in group.consumers.items():
+                zeroed[layer] = zeroed.get(layer, torch.zeros(len(unit), dtype=torch.bool)) | torch.isin(unit, cut)
+
+        def zero(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            mask = (~zeroed[layer]).to(args[0])
+            return args[0] * (mask if isinstance(layer, nn.Linear) else mask.reshape(-1, *[1] * (args[0].ndim - 2)))
+
+        before = self._outputs(trial)
         hooks = [layer.register_forward_pre_hook(zero) for layer in zeroed]
-        expected = trial(example)
+        expected = self._outputs(trial)
         for hook in hooks:
             hook.remove()
         try:
             for group, cut in cuts:
                 group.remove(graph, cut)
-            actual = trial(example)
-        except (RuntimeError, AssertionError, IndexError, ValueError):  # the wrong channels were removed: shapes clash
+            actual = self._outputs(trial)
+        except (UserError, RuntimeError, AssertionError, LookupError, ValueError):
+            # The wrong channels were removed: shapes clash.
             return False
-    difference = (actual - expected).abs().max()
-    return bool(difference <= 1e-3 * (expected - before).abs().max() + 1e-9 * before.abs().max())
+        rounding = 1e-9 if self._double else 1e-3
+        return all(
+            now.shape == then.shape
+            and bool((now - then).abs().max() <= 1e-3 * (then - first).abs().max() + rounding * first.abs().max())
+            for now, then, first in zip(actual, expected, before)
+            if first.numel()
+        )

@@ -20,14 +20,14 @@ def kernels(layer: nn.Module, spread: int) -> torch.Tensor:
     weight = layer.weight.detach().to(torch.float64, copy=True)
     if isinstance(layer, nn.Linear):
         return weight.reshape(1, len(weight), -1, spread)
-    if isinstance(layer, nn.ConvTranspose2d):  # (inputs, outputs per group, kernel)
+    if layer.transposed:  # (inputs, outputs per group, kernel)
         return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(3)
     return weight.unflatten(0, (layer.groups, -1)).flatten(3)
 
 
 def set_kernels(layer: nn.Module, weight: torch.Tensor) -> None:
     """The inverse of `kernels`: set a layer's weights."""
-    if isinstance(layer, nn.ConvTranspose2d):
+    if getattr(layer, "transposed", False):
         weight = weight.transpose(1, 2)
     with torch.no_grad():
         layer.weight.copy_(weight.reshape(layer.weight.shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any, Callable
 
@@ -14,7 +13,6 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
 NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
-_TRIES = 5  # the search is not exhaustive: for another budget it may not find again what it found
 
 
 def prune_near_budget(
@@ -29,21 +27,15 @@ def prune_near_budget(
 
     Raises BudgetMissed when one of these differs by more than `NEAR` says.
     """
-    asked = [settings.ratio, settings.macs_ratio]
-    for _ in range(_TRIES):
-        try:
-            return prune_to_budget(network, importance, images, compute, settings, after_step)
-        except BudgetMissed as error:
-            missed = error
-        nearest = [float(percent) / 100 for percent in re.findall(r"([\d.]+)%", missed.nearest)]
-        nearest[1] -= 0.00005  # it is rounded, and no fewer multiply-accumulates than requested may be removed
-        shares = [None if share is None else near for share, near in zip(asked, nearest)]
-        if any(share and not (near > 0 and abs(near - share) < _near(share)) for share, near in zip(asked, nearest)):
-            break
-        if [settings.ratio, settings.macs_ratio] == asked:
-            say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
-        settings = replace(settings, ratio=shares[0], macs_ratio=shares[1])
-    raise missed
+    try:
+        return prune_to_budget(network, importance, images, compute, settings, after_step)
+    except BudgetMissed as missed:
+        asked, near = (settings.ratio, settings.macs_ratio), missed.shares
+        if near is None or any(share and abs(found - share) >= _near(share) for share, found in zip(asked, near)):
+            raise
+        say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
+        settings = replace(settings, ratio=near[0], macs_ratio=near[1])
+    return prune_to_budget(network, importance, images, compute, settings, after_step)
 
 
 def _near(share: float) -> float:

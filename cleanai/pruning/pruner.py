@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
@@ -14,26 +14,33 @@ from torch import nn
 from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.activations import CONSUMERS, record_statistics
+from cleanai.network.trial import copied
 from cleanai.pruning.criteria import ActivationImportance
 from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.least_squares import gram_matrix, output_errors
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
+from cleanai.pruning.tracing import prepared, refused, require_plain, require_working, unwrapped
 from cleanai.pruning.widths import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
+from cleanai.runtime.files import one_line
 from cleanai.runtime.progress import say
 
 
 class BudgetMissed(UserError):
-    """Shares that cannot be removed from a network; `nearest` names the nearest that can."""
+    """Shares that cannot be removed from a network.
 
-    def __init__(self, requested: str, nearest: str) -> None:
-        super().__init__(
-            f"{requested} cannot be met in this network: the nearest is {nearest}. Ask for that, leave one free with "
-            "none, or try --round-to 1"
-        )
-        self.nearest = nearest
+    `nearest` are the nearest found, `possible` what can be met, as text; `shares` the nearest of both costs that can be
+    met, tried, or None.
+    """
+
+    def __init__(
+        self, requested: str, nearest: str, possible: Sequence[str], shares: Sequence[float | None] | None
+    ) -> None:
+        advice = f"These can be met: {'; '.join(possible)}" if possible else "Try other shares"
+        super().__init__(f"{requested} cannot be met in this network: the nearest is {nearest}. {advice}")
+        self.nearest, self.shares = nearest, shares
 
 
 @dataclass(frozen=True)
@@ -86,17 +93,27 @@ def prune_to_budget(
 
     Returns a report (`steps`: shares requested and removed after each step, in percent, and its seconds; `layers`:
     widths before and after), and a copy of the network without the same channels, not repaired. `after_step` is called
-    with the number of each step, the network and that copy, and must not change them. Raises UserError, before
-    anything is changed, when the shares cannot be met or the network cannot be pruned.
+    with the number of each step, the network and that copy, and must not change them. Both keep the mode, precision,
+    device and frozen parameters of the network; weights that two layers share are not pruned. In DataParallel the
+    network inside is pruned.
+
+    Raises UserError, before anything is changed, when the shares cannot be met or the network cannot be pruned.
     """
     started = time.perf_counter()
-    pruning = _Pruning(network, importance, images, compute, settings)
+    network = unwrapped(network)
+    require_plain(network)
+    with prepared(network):
+        pruning = _Pruning(network, importance, images, compute, settings)
+    with torch.inference_mode(False):
+        pruning.unrepaired = copied(network)
     widths_before = layer_widths(network)
-    pruning.prepare()
+    with prepared(network):
+        pruning.prepare()
     steps = []
     for step, fraction in enumerate(settings.fractions, 1):
         title = f"Step {step}/{len(settings.fractions)}"
-        removed_shares = pruning.step(title, fraction)
+        with prepared(network), prepared(pruning.unrepaired):
+            removed_shares = pruning.step(title, fraction)
         seconds = time.perf_counter() - started
         steps.append({**_report(title, pruning.requested(fraction), removed_shares, seconds), "seconds": seconds})
         if after_step is not None:
@@ -132,18 +149,20 @@ class _Pruning:
     ) -> None:
         self.network, self.importance, self.images = network, importance, images
         self.compute, self.settings = compute, settings
-        self.unrepaired = copy.deepcopy(network)
-        self.example = next(images.calibration.batches(1))[0]
-        self.sound = sound_groups(network, next(images.calibration.batches(2))[0])
-        if not self.sound:
-            raise UserError(f"{type(network).__name__} has no channels that can be removed")
+        self.unrepaired: nn.Module
+        if not (len(images.calibration) and len(images.repair)):
+            raise UserError("Pruning needs at least one image for calibration, and one for the repair")
+        self.example, two = (next(images.calibration.batches(count))[0] for count in (1, 2))
+        require_working(network, two)
+        self._require_repairable()
+        self.sound = sound_groups(network, two)
         _, groups = self._groups(network)
         costs = Costs(network, groups, self.example)
         self.before = costs.now
         self.goal = Budget.removing(self.before, *self.requested(1))
         self.least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
-        self.multiple, planned = self._first_plan(groups, costs)
-        self._require_goal(costs(planned))
+        self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
+        self._require_goal(groups, costs, planned)
         self.remaining = _by_name(groups, planned)  # channels that each group still loses, by the last plan
         # The rows of the last repair, which a step starts from.
         self.rows: tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]] = {}, {}
@@ -183,7 +202,7 @@ class _Pruning:
                 self.network, targets, _spreads(groups), self.images.repair, self.compute, f"{title}, reconstructing"
             )
         self._cut(graph, groups, units, title)
-        return (1 - costs(removed) / self.before).tolist()
+        return (1 - Costs(self.network, [], self.example).now / self.before).tolist()
 
     def _record(self, groups: list[Group], title: str) -> Targets:
         """Score statistics for the importance, and the rows before this step."""
@@ -220,7 +239,9 @@ class _Pruning:
                 if units[group.name]:
                     group.remove(of_graph, units[group.name])
         for network in (self.network, self.unrepaired):
-            self.compute.place(network)  # cutting loses the channels-last order of the weights
+            for weight in network.parameters():  # cutting loses the channels-last order of the weights
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=self.compute.memory_format)
         if self.settings.repair == "bn":
             recalibrate(
                 self.network, self.images.repair, self.compute, self.settings.batch_size, f"{title}, recalibrating"
@@ -232,26 +253,85 @@ class _Pruning:
         graph, groups = find_groups(network, self.example)
         return graph, [group for group in groups if group.name in self.sound]
 
-    def _first_plan(self, groups: list[Group], costs: Costs) -> tuple[int, torch.Tensor]:
+    def _require_repairable(self) -> None:
+        """UserError when batch norm cannot take its statistics from the images for the repair."""
+        count = min(2, len(self.images.repair), self.settings.batch_size if self.settings.repair == "bn" else 2)
+        if self.settings.repair == "none":
+            return
+        few = self.images.repair.select(torch.arange(count))
+        try:
+            recalibrate(copied(self.network), few, self.compute, count, "Trying the repair")
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise refused(
+                self.network,
+                f"its batch norm cannot be recalibrated on {count} images at a time ({one_line(error)}): use more "
+                "images for the repair, or repair none",
+            ) from error
+
+    def _plan(
+        self, groups: list[Group], costs: Costs, goal: Budget, round_to: Sequence[int]
+    ) -> tuple[int, torch.Tensor]:
         """The first multiple in `round_to` that can meet the goal, or comes nearest to it, and cuts (G,) that do so."""
         plans = []
-        for multiple in self.settings.round_to:
+        for multiple in round_to:
             cuts = [allowed_cuts(group, self.least[group.name], multiple) for group in groups]
-            planned = choose_cuts(costs, cuts, [torch.zeros(len(cut)) for cut in cuts], self.goal)
-            plans.append((self.goal.missed(costs(planned), costs.now).item(), multiple, planned))
+            planned = choose_cuts(costs, cuts, [torch.zeros(len(cut)) for cut in cuts], goal)
+            plans.append((goal.missed(costs(planned), costs.now).item(), multiple, planned))
             if plans[-1][0] == 0:
                 break
         return min(plans, key=lambda plan: plan[0])[1:]
 
-    def _require_goal(self, nearest: torch.Tensor) -> None:
-        """Raise BudgetMissed when the nearest costs that were found do not meet the goal."""
-        if self.goal.missed(nearest, self.before) > 0:
-            options = zip(("--ratio", "--macs-ratio"), self.requested(1))
-            parameters, macs = (100 * (1 - nearest / self.before)).tolist()
-            raise BudgetMissed(
-                " ".join(f"{name} {share:g}" for name, share in options if share),
-                f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates",
-            )
+    def _require_goal(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> None:
+        """Raise BudgetMissed when the `planned` cuts do not meet the goal, with settings that were tried and do."""
+        asked = self.requested(1)
+        if self.goal.missed(costs(planned), self.before) == 0:
+            return
+
+        def nearest(shares: Sequence[float | None], round_to: Sequence[int]) -> tuple[bool, list[float]]:
+            goal = Budget.removing(self.before, *shares)
+            cost = costs(self._plan(groups, costs, goal, round_to)[1])
+            return goal.missed(cost, self.before).item() == 0, (1 - cost / self.before).tolist()
+
+        removed = (1 - costs(planned) / self.before).tolist()
+        parameters, macs = (100 * share for share in removed)
+        possible, near = [], None
+        for _ in range(5):  # the search is no exhaustive one: it may not find again what it found for another goal
+            # Fewer MACs than requested are not allowed to be removed: round down.
+            shares = [None if share is None else near for share, near in zip(asked, _rounded(removed))]
+            if 0 in shares:
+                break
+            met, removed = nearest(shares, self.settings.round_to)
+            if met:
+                possible.append(_shares_text(shares))
+                near = shares
+                break
+        if None not in asked:
+            possible += [
+                _shares_text(shares)
+                for shares in ([asked[0], None], [None, asked[1]])
+                if nearest(shares, self.settings.round_to)[0]
+            ]
+        if 1 not in self.settings.round_to and nearest(asked, [1])[0]:
+            possible.append("the same with round_to 1")
+        raise BudgetMissed(
+            _shares_text(asked),
+            f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates",
+            possible,
+            near,
+        )
+
+
+def _rounded(removed: Sequence[float]) -> list[float]:
+    """Shares of both costs with four digits that a budget allows for these: that of the MACs is rounded down."""
+    return [round(removed[0], 4), math.floor(removed[1] * 10_000) / 10_000]
+
+
+def _shares_text(shares: Sequence[float | None]) -> str:
+    return " and ".join(
+        f"{name} {'none' if share is None else f'{share:g}'}" for name, share in zip(("ratio", "macs_ratio"), shares)
+    )
 
 
 def _spreads(groups: list[Group]) -> dict[nn.Module, int]:

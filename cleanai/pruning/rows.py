@@ -98,7 +98,7 @@ def window_rows(
 
 def convolved(layer: nn.Conv2d, windows: torch.Tensor) -> torch.Tensor:
     """The outputs of `layer` for `window_rows`, without bias: (groups, rows, outputs per group)."""
-    return windows @ layer.weight.detach().flatten(1).unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    return windows @ layer.weight.detach().to(windows).flatten(1).unflatten(0, (layer.groups, -1)).transpose(1, 2)
 
 
 def is_kept(count: int, removed: torch.Tensor) -> torch.Tensor:

@@ -55,28 +55,31 @@ def _lost_per_channel(layers: list[nn.Module], lost: list[dict[nn.Module, float]
     return torch.tensor([[row.get(layer, 0.0) for layer in layers] for row in lost], dtype=torch.float64)  # (G, L)
 
 
+_WIDTHS = ("out_channels", "num_features", "num_parameters")  # of a convolution, a norm, a PReLU
+
+
 def _layer_costs(layer: nn.Module, positions: int) -> tuple[float, ...]:
     """Inputs and outputs; parameters and multiply-accumulates per pair of these; both per output alone."""
     own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features, 1, positions, float(layer.bias is not None), 0
-    if isinstance(layer, CONSUMERS) and layer.groups != layer.out_channels:
+    if isinstance(layer, CONSUMERS) and (layer.groups == 1 or layer.groups != layer.out_channels):
         weights = layer.weight[0, 0].numel() / layer.groups
         return layer.in_channels, layer.out_channels, weights, weights * positions, float(layer.bias is not None), 0
     # Each output has its own parameters: a depthwise convolution, or a norm.
-    width = getattr(layer, "out_channels", None) or layer.weight.numel()
-    weights = layer.weight.numel() / width
+    width = next(getattr(layer, name) for name in _WIDTHS if hasattr(layer, name))
+    weights = layer.weight.numel() / width if isinstance(layer, CONSUMERS) else 0
     return 0, width, 0, 0, own / width, weights * positions
 
 
 def _positions(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int]:
-    """How often each layer applies its weights to one image: at its outputs, or at its inputs if it is transposed."""
-    positions = {}
+    """How often each layer applies its weights to `example`, one image: at its outputs, or inputs if transposed."""
+    positions: dict[nn.Module, int] = {}
 
     def count(layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        values = args[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        values = args[0] if getattr(layer, "transposed", False) else output
         channels = values.shape[-1] if isinstance(layer, nn.Linear) else values.shape[1]
-        positions[layer] = values[0].numel() // channels
+        positions[layer] = positions.get(layer, 0) + values.numel() // channels
 
     hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, CONSUMERS)]
     try:

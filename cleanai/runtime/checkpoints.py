@@ -6,6 +6,7 @@ that the table of a finished run is printed without it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import warnings
@@ -19,10 +20,11 @@ from cleanai.runtime.files import write_bytes, writing
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
+_FOLDER = 0x10  # among the attributes of a member of an archive
 # The types of a checkpoint's entries, where they are present.
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("config", "state_dict", "training", "pruning", "evaluation"), dict),
-    **dict.fromkeys(("classes", "history"), list),
+    **dict.fromkeys(("classes", "history", "image_size"), list),
 }
 
 
@@ -108,12 +110,18 @@ def verified_size(path: Path) -> int:
     torch.load compares no checksums, and unpacks whatever size a forged archive claims. torch.save compresses nothing,
     so no member is larger than its file.
     """
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        size = sum(member.file_size for member in members)
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        if packed or size > path.stat().st_size or archive.testzip() is not None:
-            raise ValueError(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            folders = any(member.external_attr & _FOLDER for member in members)  # PyTorch would read nothing from it
+            if packed or folders or size > path.stat().st_size or archive.testzip() is not None:
+                raise ValueError(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged archive names a place before its beginning
+            raise ValueError(path) from error
+        raise
     return size
 
 

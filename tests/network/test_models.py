@@ -4,17 +4,23 @@ import os
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
 
 from cleanai import UserError
+from cleanai.data.images import Images
 from cleanai.network.models import (
     build,
     download_imagenet_weights,
     give_shapes,
     imagenet_url,
+    load_network,
     resnet18_for_small_images,
+    save_network,
 )
-from tests.helpers import parameter_count, serving, torch_macs
+from cleanai.network.trial import try_network
+from tests.helpers import parameter_count, random_images, serving, torch_macs
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +83,8 @@ def test_a_damaged_file_of_weights_is_refused(tmp_path, published):
 def test_layers_get_the_shapes_of_the_weights():
     narrow = resnet18_for_small_images(10)
     block = narrow.layer1[0]
-    block.conv1, block.bn1 = torch.nn.Conv2d(64, 24, 3, padding=1, bias=False), torch.nn.BatchNorm2d(24)
-    block.conv2 = torch.nn.Conv2d(24, 64, 3, padding=1, bias=False)
+    block.conv1, block.bn1 = nn.Conv2d(64, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+    block.conv2 = nn.Conv2d(24, 64, 3, padding=1, bias=False)
     rebuilt = resnet18_for_small_images(10)
     give_shapes(rebuilt, narrow.state_dict())
     rebuilt.load_state_dict(narrow.state_dict())
@@ -92,9 +98,87 @@ def test_other_networks_are_those_of_torchvision():
     network = build("MobileNetV2", 3)
     assert network.state_dict().keys() == mobilenet_v2().state_dict().keys()
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
-    assert type(build("ResNet18", 3).maxpool) is torch.nn.Identity
+    assert type(build("ResNet18", 3).maxpool) is nn.Identity
     assert build("SqueezeNet1_1", 3).num_classes == 3
     assert imagenet_url("ResNet18").endswith("/resnet18-f37072fd.pth")
     assert "/regnet_y_1_6gf-" in imagenet_url("RegNetY1_6GF") and "/regnet_y_16gf-" in imagenet_url("RegNetY16GF")
     with pytest.raises(UserError, match="There is no network called MobileNet9"):
         build("MobileNet9", 3)
+
+
+def test_layers_of_every_kind_get_the_shapes_of_the_weights():
+    def network(one, two, three):
+        made = nn.Sequential(
+            nn.Conv2d(1, one, 3), nn.Conv2d(one, two * one, 3, groups=one), nn.BatchNorm2d(two * one),
+            nn.Conv2d(two * one, three, 1), nn.Conv2d(three, three, 3, groups=three), nn.Conv2d(three, three, 1),
+            nn.Conv2d(three, three, 1), nn.Flatten(2), nn.Conv1d(three, three, 3), nn.BatchNorm1d(three),
+            nn.ConvTranspose1d(three, 4, 3),
+        )  # fmt: skip
+        made[6].weight = made[5].weight
+        return made.eval()
+
+    for widths in ((8, 2, 12), (8, 1, 6)):
+        narrow, rebuilt = network(*widths), network(8, 3, 12)
+        give_shapes(rebuilt, narrow.state_dict())
+        rebuilt.load_state_dict(narrow.state_dict())
+        inputs = torch.randn(2, 1, 12, 12)
+        assert torch.equal(rebuilt(inputs), narrow(inputs))
+        assert parameter_count(rebuilt) == parameter_count(narrow)
+        assert [str(layer) for layer in rebuilt] == [str(layer) for layer in narrow]
+
+
+@pytest.mark.parametrize(("model", "side"), [("MNASNet0_5", 32), ("InceptionV3", 75)])
+def test_a_network_is_saved_and_loaded(tmp_path, model, side):
+    network = build(model, 3).eval()
+    facts = {"model": model, "classes": ["a", "b", "c"], "image_size": [side, side]}
+    save_network(tmp_path / "n.pth", network, facts)
+    inputs = torch.randn(2, 3, side, side)
+    with torch.inference_mode():
+        assert torch.equal(load_network(tmp_path / "n.pth")(inputs), network(inputs))
+    state = torch.load(tmp_path / "n.pth", weights_only=True)["state_dict"]
+    assert state._metadata == network.state_dict()._metadata
+    build(model, 3).load_state_dict(state)  # as users do
+
+
+class _Squeezing(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+_TRIALS = {
+    "AlexNet does not work on images of 32 x 32 pixels: .*Output size is too small.*64 x 64 pixels fit": (
+        lambda: build("AlexNet", 4), 32, 8),
+    "Wrong image height! Expected 224 but got 16!.* 224 x 224 pixels fit": (lambda: build("ViT_B_32", 4), 16, None),
+    "--batch-size 1 is too little for batch norm in ResNet: .*layer4.0.bn1.* Use at least 2": (
+        lambda: build("ResNet18", 4), 8, 1),
+    "first layer 0 reads 1 channels, not 3 .RGB.*Let it read 3": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), 8, 2),
+    r"its outputs are \(1, 5\), not \(1, 4\)": (lambda: nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten()), 8, 2),
+    r"its outputs are \(4,\), not \(1, 4\)": (lambda: _Squeezing(nn.Conv2d(3, 4, 8)), 8, 2),
+    r"its outputs are \(1, 4, 3, 3\)": (lambda: nn.Sequential(nn.Conv2d(3, 4, 6)), 8, 2),
+    "cannot be trained on images of 64 x 64 pixels: its outputs are GoogLeNetOutputs": (
+        lambda: torchvision.models.googlenet(num_classes=4, init_weights=False), 64, 2),
+}  # fmt: skip
+
+
+def _images(side):
+    return Images(random_images(4, side), random_images(4, side), list("abcd"), True, "random")
+
+
+@pytest.mark.parametrize("reason", _TRIALS)
+def test_a_network_that_does_not_suit_the_images_is_refused_in_one_line(reason, compute):
+    make, side, batch_size = _TRIALS[reason]
+    with pytest.raises(UserError, match=reason) as error:
+        try_network(make(), _images(side), batch_size, compute)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("side", "batch_size"), [(8, 2), (8, None), (16, 1)])
+def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are(side, batch_size, compute):
+    network = build("ResNet18", 4).train()
+    network.fc = nn.Sequential(nn.Dropout(), network.fc)
+    before, random = {name: tensor.clone() for name, tensor in network.state_dict().items()}, torch.get_rng_state()
+    try_network(network, _images(side), batch_size, compute)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert network.training and not any(module._forward_pre_hooks for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -199,3 +199,30 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     save_checkpoint(path, {**FACTS, "state_dict": {"conv1.weight": torch.zeros(1)}})
     with pytest.raises(UserError, match=r"n\.pth .*ResNet18"):
         load_network(path)
+
+
+def test_every_flipped_byte_at_the_end_of_a_file_is_named_or_harmless(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"config": {}, "state_dict": {"w": torch.arange(9.0)}})
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(-700, 0):  # the archive's directory and its ends
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(load_checkpoint(path)["state_dict"]["w"], torch.arange(9.0))
+        except UserError as error:
+            assert str(error).startswith(f"{path} is damaged")
+            refused += 1
+    assert refused > 300
+
+
+def test_strings_of_a_file_are_printed_on_one_line(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"model": "a\nb\x1b[31mş\u202e", "config": {"dataset": "x\ry"}})
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path, model="ResNet18")
+    assert r"the model a\nb\x1b[31mş\u202e, and" in str(error.value)
+    with pytest.raises(UserError, match=r"--dataset x\\ry,"):
+        find_checkpoint(path, {"dataset": "z"})

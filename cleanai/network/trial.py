@@ -1,0 +1,121 @@
+"""Whether a network of the user's does what it is to do, found on a few images before the work."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cleanai import UserError
+from cleanai.data.images import Images
+from cleanai.runtime.compute import Compute
+from cleanai.runtime.files import one_line
+
+# Pixels, tried when pictures do not fit.
+_SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy of a network. UserError when it holds something that cannot be copied."""
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # of the user's objects: anything
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(f"{type(network).__name__} cannot be copied ({reason})") from error
+
+
+def try_run(network: nn.Module, inputs: torch.Tensor, name: str) -> Any:
+    """What a network in evaluation mode gives for images that it may not take, called `name`; UserError then."""
+    try:
+        with torch.inference_mode():
+            return network(inputs)
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a network of the user's can raise anything
+        size = " x ".join(map(str, inputs.shape[1:]))
+        raise UserError(
+            f"{type(network).__name__} does not take {name} of {size} ({one_line(error)[:200]}): "
+            "give images of the size that it was trained on, image_set(folder, size=N)"
+        ) from error
+
+
+def try_outputs(network: nn.Module, inputs: torch.Tensor, name: str) -> torch.Tensor:
+    """The outputs (B, K, ...) of a network as `try_run` gives them. UserError unless one tensor, a row per image."""
+    outputs, title = try_run(network, inputs, name), type(network).__name__
+    if not isinstance(outputs, torch.Tensor) or outputs.ndim < 2 or len(outputs) != len(inputs):
+        found = "x".join(map(str, getattr(outputs, "shape", ()))) or f"a {type(outputs).__name__}"
+        raise UserError(f"{title} gives {found} for {len(inputs)} images, and must give one tensor, a row per image")
+    return outputs
+
+
+def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:
+    """Raise UserError when a network cannot classify these images, or cannot be trained on them in such batches.
+
+    A copy of the network, on the device of `compute`, runs on one and two images in evaluation mode, and in training
+    mode on as many as a batch has, at most two. None leaves out the training. Network and random numbers stay as they
+    are. What the network raises by itself, other than a lack of memory, is told in one line.
+    """
+    trial, classes, name = copy.deepcopy(network), len(images.classes), type(network).__name__
+    height, width = images.test.pixels.shape[2:]
+    size = f"{height} x {width} pixels"
+    devices = [compute.device] if compute.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), compute.autocast():
+        for count in (1, 2):
+            inputs = next(images.test.select(torch.arange(count) % len(images.test)).batches(count))[0]
+            fault, advice = _fault(trial.eval(), inputs, classes)
+            if fault and not advice:
+                sides = sorted(_SIDES, key=lambda side: abs(side - min(height, width)))
+                pictures = (F.interpolate(inputs, (side, side)) for side in sides)
+                fitting = next((each.shape[-1] for each in pictures if not _fault(trial, each, classes)[0]), None)
+                advice = (
+                    f"{fitting} x {fitting} pixels fit: use --image-size {fitting} in script 1"
+                    if fitting
+                    else "Use another network"
+                )
+            if fault:
+                raise UserError(f"{name} does not work on images of {size}: {fault}. {advice}")
+        if batch_size is None:
+            return
+        count = min(2, batch_size, len(images.train))
+        inputs = next(images.train.select(torch.arange(count)).batches(count))[0]
+        fault, advice = _fault(trial.train(), inputs, classes)
+        if fault and count == 1 and not _fault(trial, inputs.repeat(2, 1, 1, 1), classes)[0]:
+            option = "--batch-size 1" if batch_size == 1 else "One training image"
+            raise UserError(f"{option} is too little for batch norm in {name}: {fault}. Use at least 2")
+        if fault:
+            raise UserError(f"{name} cannot be trained on images of {size}: {fault}. {advice or 'Use another network'}")
+
+
+def _fault(network: nn.Module, inputs: torch.Tensor, classes: int) -> tuple[str, str]:
+    """What is wrong with a network or its outputs for these inputs, and what to do if it is not their size."""
+    running = [""]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.append(names[module])
+
+    names = {module: name for name, module in network.named_modules() if name and not list(module.children())}
+    hooks = [module.register_forward_pre_hook(enter) for module in names]
+    try:
+        outputs = network(inputs)
+    except Exception as error:  # the network may be anybody's
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise
+        layer = dict(network.named_modules())[running[-1]]
+        wanted, given = getattr(layer, "in_channels", None), inputs.shape[1]
+        if len(running) == 2 and wanted not in (None, given):
+            return f"its first layer {running[-1]} reads {wanted} channels, not {given} (RGB)", f"Let it read {given}"
+        return f"{one_line(error)}{f' (layer {running[-1]})' if running[-1] else ''}", ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    expected = (len(inputs), classes)
+    if shape == expected:
+        return "", ""
+    return f"its outputs are {shape}, not {expected}", f"Let it return one number for each of {classes} classes"
