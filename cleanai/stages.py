@@ -178,6 +178,7 @@ class Run:
         from cleanai.measure.provenance import find_warnings
         from cleanai.measure.results import measure_results
 
+        print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
         scenario = self.scenario
         return {
