@@ -54,6 +54,10 @@ def _between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def _tolerance(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _between(0, 100)(text)
+
+
 def _weight_decay(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _between(0, 1)(text)
 
@@ -163,6 +167,11 @@ _COMMON: dict[str, dict[str, Any]] = {
         "default": 20.0,
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
+    "tolerance": {
+        "type": _tolerance,
+        "default": 1.0,
+        "help": "how many percentage points of accuracy the answer lets a network lose; changes no measurement",
+    },
     "export": {
         "choices": ("none", "onnx"),
         "default": "none",
@@ -177,6 +186,7 @@ _COME_WITH = {
     "precision": ("device", "deterministic", "data_dir", "fresh"),
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds"),
+    "ratios": ("tolerance",),
 }
 _EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 

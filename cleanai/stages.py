@@ -51,28 +51,35 @@ def save_record(scenario: Scenario, record: Record) -> None:
     write_record(scenario.record, record)
 
 
-def publish(scenario: Scenario, record: Record, args: Options) -> None:
-    """Export a pruning script's network if asked, write its report where it is missing, and print its table."""
-    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
-        from cleanai.measure.onnx_export import export_scenario
+def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) -> None:
+    """Write the record of a comparison or a sweep, then its CSV and its PDF."""
+    with only_run(scenario):
+        save_record(scenario, record)
+        remove_file(scenario.resume)
+        write_bytes(scenario.table, table.encode("utf-8"))
+        write_bytes(scenario.report, report)
 
-        with only_run(scenario):
-            record["export"] = export_scenario(scenario, args.data_dir)
-            save_record(scenario, record)
+
+def publish(scenario: Scenario, record: Record, args: Options) -> None:
+    """Export a pruning script's network if asked, print its table, and write its report where it is missing.
+
+    The table is printed even where nothing can be exported or written.
+    """
+    try:
+        if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
+            from cleanai.measure.onnx_export import export_scenario
+
+            with only_run(scenario):
+                record["export"] = export_scenario(scenario, args.data_dir)
+                save_record(scenario, record)
+    finally:
+        print("", *map(wrapped, origin_lines(record)), "", comparison_table(record), "", sep="\n", flush=True)
     if not scenario.report.exists():
         from cleanai.report.run_pdf import pdf_report
 
         with only_run(scenario):  # removes what a killed run left of it
             write_bytes(scenario.report, pdf_report(record))
-    print(
-        "",
-        *map(wrapped, origin_lines(record)),
-        "",
-        comparison_table(record),
-        "",
-        f"Report: {scenario.report}",
-        sep="\n",
-    )
+    print(f"Report: {scenario.report}")
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
 

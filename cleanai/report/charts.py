@@ -92,7 +92,9 @@ def latency_chart(quantiles_ms: dict[str, list[float]]) -> Drawing:
     fastest, slowest = min(map(min, quantiles_ms.values())), max(map(max, quantiles_ms.values()))
     chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0.95 * fastest, 1.02 * slowest
     chart.xValueAxis.maximumTicks = 10
-    chart.xValueAxis.labelTextFormat = "%.2f" if slowest - fastest < 1 else "%.1f" if slowest - fastest < 8 else "%.0f"
+    spread = slowest - fastest
+    digits = 4 if slowest < 0.1 else 2 if spread < 1 else 1 if spread < 8 else 0
+    chart.xValueAxis.labelTextFormat = f"%.{digits}f"
     _legend(drawing, chart, quantiles_ms)
     return drawing
 

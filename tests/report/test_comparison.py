@@ -208,7 +208,7 @@ def test_a_third_method_has_its_columns_and_the_tables_keep_their_width(records,
     printed = comparison_text(compared(tmp_path, records))
     rows = [line for line in printed.splitlines() if line.startswith("Accuracy (%)")]
     assert [line.split()[-4:] for line in rows] == [["92.00", "90.20", "90.50", "-"], ["92.00", "91.70", "91.80", "-"]]
-    assert max(map(len, printed[printed.index("==") : printed.index("Two values of")].splitlines())) == 100
+    assert max(map(len, printed[printed.index("==") : printed.index("Several values of")].splitlines())) == 100
     assert "After Pruning+FT: L1 norm - WANDA " in printed
     assert "- L1 norm has not run. " in printed
 

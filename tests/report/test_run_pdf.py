@@ -50,8 +50,8 @@ def test_the_first_page_answers_in_three_sentences():
     for expected in (
         "the network lost 0.30 points of accuracy: it classifies 91.60% of the 4,000 held-out test images correctly, "
         "the original network 91.90%.",
-        "It has 20.0% fewer parameters and 20.0% fewer FLOPs, takes 34.1 MB instead of 42.6 MB, and is 1.14 "
-        "times as fast on single images (2.15 ms instead of 2.45 ms).",
+        "It has 20.0% fewer parameters and 20.0% fewer FLOPs, takes 34.08 MB instead of 42.60 MB, and is "
+        "1.14 times as fast on single images (median 2.15 ms instead of 2.45 ms).",
         f"is not significant (p = {p_value:.3f}) by McNemar's test: {(before & ~after).sum()} of these images only the "
         f"original network classifies correctly, {(after & ~before).sum()} only the final one.",
         "Avg Inference Time (ms)",
