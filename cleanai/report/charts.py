@@ -311,7 +311,7 @@ def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
     """Name the lines or bars of `chart`, at the top right of the drawing; above it where there are too many."""
     bars = isinstance(chart, VerticalBarChart)
     rows = 1 + _legend_places(list(names), 22 if bars else 36)[-1][1]
-    drawing.height += 9 * (rows - 1)
+    drawing.height += 10 * (rows - 1)
     for number, name in enumerate(names):
         (chart.bars if bars else chart.lines)[number].name = name
     legend = Legend()
@@ -322,6 +322,6 @@ def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
     legend.alignment = "right"
     legend.fontName, legend.fontSize = FONT, 7
     legend.dx, legend.dy = (6 if bars else 20), 6
-    legend.deltax, legend.variColumn = 12, True
+    legend.deltax, legend.deltay, legend.variColumn = 12, 10, True
     legend.dxTextSpace = 4
     drawing.add(legend)

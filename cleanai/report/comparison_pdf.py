@@ -54,6 +54,7 @@ def _side_by_side(record: Record, titles: list[str]) -> list[Flowable]:
     for columns in table_columns([1] * len(titles), _MOST_COLUMNS):
         shares = [0.29, 0.15, *[0.56 / len(columns)] * len(columns)]
         shown = [[*row[:2], *(row[1 + number] for number in columns)] for row in rows]
+        shown = [row for row in shown if any(row[2:])]  # the summary is of the fine-tuned networks
         tables += [table(shown, [WIDTH * share for share in shares]), Spacer(1, 6)]
     return tables[:-1]
 

@@ -112,7 +112,7 @@ def comparison_text(record: Record) -> str:
     return "\n".join(
         [
             *map(wrapped, record["answer"]),
-            *(f"\n!!! WARNING: {warning}" for warning in record.get("warnings", [])),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record.get("warnings", [])),
             *("\n" + wrapped(f"Note: {note}") for note in record.get("notes", [])),
             "",
             *map(wrapped, origin_lines({"dataset": any_run(record)["dataset"]})),
@@ -167,7 +167,11 @@ def _side_by_side(record: Record, titles: list[str]) -> list[str]:
             f"{'':<{32 + original}}{heading}",
             row_text(["Metric", STAGES["original"], *shown], columns),
             "-" * WIDTH,
-            *(row_text([label, values[0], *(values[number] for number in table)], columns) for label, values in rows),
+            *(
+                row_text([label, values[0], *(values[number] for number in table)], columns)
+                for label, values in rows
+                if any(values[number] for number in table)  # the summary is of the fine-tuned networks
+            ),
             "-" * WIDTH,
         ]
     return lines

@@ -87,7 +87,7 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
-            *(f"\n!!! WARNING: {warning}" for warning in record["warnings"]),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]
     )
