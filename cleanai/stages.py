@@ -54,7 +54,7 @@ def save_record(scenario: Scenario, record: Record) -> None:
 def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) -> None:
     """Write the record of a comparison or a sweep, then its CSV and its PDF."""
     with only_run(scenario):
-        save_record(scenario, record)
+        write_record(scenario.record, record)
         remove_file(scenario.resume)
         write_bytes(scenario.table, table.encode("utf-8"))
         write_bytes(scenario.report, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cleanai.measure.significance import compare_paired, unpack, verdict
+from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
 from cleanai.report.wording import Record
 
 BUSY_PERCENT = 15  # a larger spread between the turns of a timing
@@ -21,11 +21,15 @@ def _worse_after_fine_tuning(record: Record) -> list[str]:
         return []
     count = record["dataset"]["test_images"]
     tested = compare_paired(unpack(pruned["correct_bits"], count), unpack(final["correct_bits"], count))
-    better = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
+    before = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
+    if tested["p_value"] < LEVEL:
+        change, which = "made the pruned network worse", "better network"
+    else:
+        change, which = "did not improve the pruned network", "network before it"
     return [
-        f"Fine-tuning made the pruned network worse: test accuracy {pruned['accuracy_percent']:.2f}% before it, "
-        f"{final['accuracy_percent']:.2f}% after it, {verdict(tested['p_value'])}. The better network is {better}, in "
-        "the same folder as the final one. Try a lower --lr, or other --epochs."
+        f"Fine-tuning {change}: test accuracy {pruned['accuracy_percent']:.2f}% before it, "
+        f"{final['accuracy_percent']:.2f}% after it, {verdict(tested['p_value'])}. The {which} is {before}, in the "
+        "same folder as the final one. Try a lower --lr, or other --epochs."
     ]
 
 

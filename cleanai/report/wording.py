@@ -29,7 +29,7 @@ def method_title(method: str) -> str:
 def wrapped(text: str) -> str:
     """Prose wrapped to the terminal, at most to the width of the tables."""
     columns = shutil.get_terminal_size((WIDTH, 24)).columns
-    return textwrap.fill(text, min(WIDTH, max(_NARROWEST, columns)))
+    return textwrap.fill(text, min(WIDTH, max(_NARROWEST, columns)), break_on_hyphens=False)  # of options
 
 
 def origin_lines(record: Record) -> list[str]:
