@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cleanai import exit
 from cleanai.exit import run_script
 from cleanai.runtime.scenario import PROJECT
 
@@ -98,12 +99,12 @@ def test_outputs_that_can_only_write_get_everything(monkeypatch):
         for _ in progress(range(3), "Working", "step"):
             print("a line")
 
+    monkeypatch.setattr(exit, "_SIGNALS", [])
     outputs = _OnlyWrite(), _OnlyWrite()
     for name, output in zip(("stdout", "stderr"), outputs):
         monkeypatch.setattr(sys, name, output)
-    thread = threading.Thread(target=lambda: pytest.raises(SystemExit, run_script, main))
-    thread.start()
-    thread.join()
+    with pytest.raises(SystemExit):
+        run_script(main)
     assert outputs[0].text == "above the bar\n" + "a line\n" * 3
     assert outputs[1].text == ""
 
@@ -149,7 +150,7 @@ def test_a_copied_project_does_not_run_the_package_of_another(tmp_path):
 
     def run(script, package_from):
         return subprocess.run(
-            [sys.executable, "-S", "-c", _WITHOUT_SITE, str(package_from), str(script)],
+            [sys.executable, "-I", "-S", "-c", _WITHOUT_SITE, str(package_from), str(script)],
             capture_output=True, encoding="utf-8", cwd=tmp_path,
         )  # fmt: skip
 

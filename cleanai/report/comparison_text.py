@@ -108,7 +108,7 @@ def comparison_text(record: Record) -> str:
     titles = [method_title(method) for method in record["runs"]]
     differences = [DIFFERENCE_COLUMNS, *difference_rows(record)]
     longest = [max(map(len, column)) for column in zip(*differences)]
-    widths = [max(least, 2 + length) for least, length in zip((7, 17, 11, 8), longest[1:])]
+    widths = [max(least, 1 + length) for least, length in zip((7, 17, 11, 8), longest[1:])]
     return "\n".join(
         [
             *map(wrapped, record["answer"]),
