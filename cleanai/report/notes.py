@@ -43,7 +43,7 @@ def _busy(record: Record) -> list[str]:
     busy = [f"{spread:.0f}% ({kind})" for kind, spread in kinds.items() if spread > BUSY_PERCENT]
     if not busy:
         return []
-    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. Time again on an idle machine."]
+    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. Read the times with care."]
 
 
 def _bounded(record: Record) -> list[str]:

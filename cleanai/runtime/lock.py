@@ -43,7 +43,7 @@ def only_run(scenario: Scenario) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             if scenario.folder in new_folders:
                 _remove_empty(scenario, new_folders)
-            only_locks = os.access(scenario.folder, os.W_OK)
+            only_locks = scenario.folder.is_dir() and os.access(scenario.folder, os.W_OK)
             result = scenario.report if scenario.method else scenario.record
             raise cannot_write(scenario.lock if only_locks else result, error) from error
     try:

@@ -15,6 +15,7 @@ from cleanai.report.comparison import compare_methods
 from cleanai.report.comparison_pdf import pdf_comparison
 from cleanai.report.comparison_text import comparison_csv, comparison_text, side_by_side_rows
 from cleanai.runtime.checkpoints import read_record, write_record
+from cleanai.runtime.lock import only_run
 from cleanai.runtime.methods import METHODS, Method
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import COMPARE, SCRIPTS, fails, pdf_pages, preparation_record, run, run_record
@@ -128,6 +129,23 @@ def test_the_tables_hold_the_numbers_of_the_records(records, tmp_path):
     assert max(map(len, printed.splitlines())) == 100
     for shown in ("Points 95% interval Discordant p Significant", "layer4.1.conv1", "seed 0", "PyTorch 2.", "Page 2"):
         assert shown in " ".join(pages)
+
+
+def test_the_table_is_printed_where_nothing_can_be_written(records, tmp_path):
+    files = scenario(write(tmp_path, records))
+    files.folder.write_bytes(b"in the way of the folder")
+    result = run(COMPARE, "--checkpoints-dir", tmp_path)
+    fails(result, f"{files.report} cannot be written (")
+    assert "COMPARISON TABLE" in result.stdout and "Report:" not in result.stdout
+    files.folder.unlink()
+    files.report.parent.mkdir(parents=True)
+    left = files.report.with_name(f"{files.report.name}.123.tmp")
+    left.write_bytes(b"left by a killed run")
+    with only_run(files):
+        fails(run(COMPARE, "--checkpoints-dir", tmp_path), "Another run of this script")
+    left.write_bytes(b"left by a killed run")
+    assert run(COMPARE, "--checkpoints-dir", tmp_path).returncode == 0
+    assert files.report.exists() and not left.exists()
 
 
 @pytest.mark.parametrize("missing", TITLES)
