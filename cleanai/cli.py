@@ -199,6 +199,11 @@ _COMMON: dict[str, dict[str, Any]] = {
         "default": 20.0,
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
+    "tolerance": {
+        "type": _between(0, 100, "low"),
+        "default": 1.0,
+        "help": "how many percentage points of accuracy the answer lets a network lose; changes no measurement",
+    },
     "export": {
         "choices": ("none", "onnx", "pt2"),
         "default": "none",
@@ -213,6 +218,7 @@ _COME_WITH = {
     "precision": ("device", "deterministic", "data_dir", "fresh"),
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds"),
+    "ratios": ("tolerance",),
 }
 # What the default None means; for the others "all".
 _DEFAULT_WORDS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -10,10 +12,11 @@ import threading
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Callable, NoReturn, TextIO
+from typing import Any, Callable, NoReturn, TextIO
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
 _STOPPED = "\nInterrupted. The same command, without --fresh, resumes where it stopped."
 _SHORTAGE = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
@@ -25,51 +28,107 @@ _received: list[int] = []  # the signal that stopped the program
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1.
 
-    Ctrl-C and SIGTERM end it with one line, and status 130 and 143.
+    Ctrl-C and SIGTERM end it with one line, and status 130 and 143. A script of another folder than this package's is
+    not run.
     """
     _prepare_streams()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as in the background of a shell: stays so
                 signal.signal(number, _stop)
+    status, message = _run(main)
+    problem = _flush("stdout")
+    if isinstance(problem, BrokenPipeError):  # the reader went away, as `| head` does
+        status = status or 128 + _PIPE
+    elif problem and not status:
+        status, message = 1, f"Error: the output cannot be written ({problem.strerror})"
+    if message and distributed.rank() == 0:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
+    _flush("stderr")
+    sys.exit(status)
+
+
+def _run(main: Callable[[], None]) -> tuple[int, str]:
+    """The status that `main` ends with, and the line to print."""
     try:
+        _require_own_package(main)
         try:
             main()
-            sys.stdout.flush()
         except Exception as error:
             if not _received:
                 raise
             raise KeyboardInterrupt from error  # torch.save, for one, turns an interruption into a RuntimeError
+    except SystemExit as ending:  # of --help, or of a wrong option
+        return (1, ending.code) if isinstance(ending.code, str) else (int(ending.code or 0), "")
     except UserError as error:
-        sys.exit(f"Error: {error}" if distributed.rank() == 0 else 1)
+        return 1, f"Error: {error}"
     except KeyboardInterrupt:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one has nothing more to stop
-        if distributed.rank() == 0:
-            print(_STOPPED, file=sys.stderr)
-        sys.exit(128 + (_received or [signal.SIGINT])[0])
-    except BrokenPipeError:  # the reader went away, as `| head` does
-        sys.stdout = sys.stderr = _nowhere()
-        sys.exit(128 + _PIPE)
+        return 128 + (_received or [signal.SIGINT])[0], _STOPPED
+    except BrokenPipeError:
+        return 128 + _PIPE, ""
     except OSError as error:
-        sys.exit(f"Error: {error}")
+        return 1, f"Error: {error}"
     except (RuntimeError, MemoryError) as error:
         message = _explained(error)
         if message is None:
             raise
-        sys.exit(f"Error: {message}")
-    sys.exit(0)
+        return 1, f"Error: {message}"
+    return 0, ""
+
+
+def _require_own_package(main: Callable[[], None]) -> None:
+    """UserError when a project's script runs with the package of another project, as in a copy with its .venv."""
+    own = Path(main.__code__.co_filename).resolve().parent.parent
+    two_projects = (own / "cleanai").is_dir() and SCRIPTS_DIR.is_dir()  # neither a script alone nor a mere package
+    if two_projects and not own.samefile(PROJECT):
+        raise UserError(
+            f"This script is in {own}, and Python takes cleanai from {PROJECT}: install it from here, "
+            f'"{sys.executable}" -m pip install -e "{own}", or delete .venv and install everything again'
+        )
 
 
 def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream.closed:  # pythonw, or >&-
+        if not _is_open(stream):  # pythonw, or >&-
             setattr(sys, name, _nowhere())
         elif hasattr(stream, "reconfigure"):  # not in a notebook or in IDLE
             stream.reconfigure(errors="replace")  # a console that cannot print a character prints ?
+        elif not all(hasattr(stream, needed) for needed in ("flush", "isatty")):
+            setattr(sys, name, _Output(stream))
     if distributed.rank() > 0:
         sys.stdout = _nowhere()
+
+
+class _Output(io.TextIOBase):
+    """An output of an object that can do no more than `write`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        return len(text)
+
+
+def _is_open(stream: Any) -> bool:
+    try:
+        return stream is not None and not getattr(stream, "closed", False)
+    except ValueError:  # detached
+        return False
+
+
+def _flush(name: str) -> OSError | None:
+    """Write what an output still holds. If that fails, drop it: Python would complain once more at the end."""
+    try:
+        getattr(sys, name).flush()
+    except OSError as error:
+        setattr(sys, name, _nowhere())
+        return error
+    return None
 
 
 def _nowhere() -> TextIO:
@@ -96,5 +155,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def _stop_at_once(number: int, _: FrameType | None) -> NoReturn:
     # The second signal: the first one was swallowed, as in a destructor, or the clean-up takes long.
-    os.write(2, f"{_STOPPED}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_STOPPED}\n".encode())
     os._exit(128 + number)

@@ -54,27 +54,32 @@ def save_record(scenario: Scenario, record: Record) -> None:
     write_record(scenario.record, record)
 
 
+def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) -> None:
+    """Write the record of a comparison or a sweep, then its CSV and its PDF."""
+    with only_run(scenario):
+        write_record(scenario.record, record)
+        remove_file(scenario.resume)
+        write_bytes(scenario.table, table.encode("utf-8"))
+        write_bytes(scenario.report, report)
+
+
 def publish(scenario: Scenario, record: Record, args: Options) -> None:
-    """Export a pruning script's network if asked, write its report where it is missing, and print its table."""
+    """Export a pruning script's network if asked, print its table, and write its report where it is missing.
+
+    The table is printed even where nothing can be exported or written.
+    """
     not_exported = None
     try:
         _export(scenario, record, args)
-    except UserError as error:  # the finished run is reported all the same
+    except (UserError, OSError) as error:  # the finished run is reported all the same
         not_exported = error
+    print("", *map(wrapped, origin_lines(record)), "", comparison_table(record), "", sep="\n", flush=True)
     if not scenario.report.exists():
         from cleanai.report.run_pdf import pdf_report
 
         with only_run(scenario):  # removes what a killed run left of it
             write_bytes(scenario.report, pdf_report(record))
-    print(
-        "",
-        *map(wrapped, origin_lines(record)),
-        "",
-        comparison_table(record),
-        "",
-        f"Report: {scenario.report}",
-        sep="\n",
-    )
+    print(f"Report: {scenario.report}")
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
     if scenario.standalone.exists():
@@ -224,6 +229,7 @@ class Run:
         from cleanai.measure.provenance import find_warnings
         from cleanai.measure.results import measure_results
 
+        print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
         scenario = self.scenario
         return {

@@ -2,15 +2,17 @@
 
 Downloads pretrained weights and the dataset, adapts the network to the dataset, measures it, fine-tunes it, and
 prints a table of before and after. Scripts 2 and 3 prune this network. With --weights FILE it starts from your own
-weights; with --epochs 0 as well it takes a trained network as it is. An interrupted run resumes with the same
-command.
+weights; with --epochs 0 as well it takes a trained network as it is. The same command resumes an interrupted run.
 
     python test_scenarios/TS1_01_prepare_model.py
     python test_scenarios/TS1_01_prepare_model.py --dataset Digits --weights none --epochs 3    # a minute on a CPU
     python test_scenarios/TS1_01_prepare_model.py --weights my_resnet18.pth --epochs 0
 """
 
-from cleanai import cli, stages
+try:
+    from cleanai import cli, stages
+except ModuleNotFoundError as error:  # also after the folder was renamed
+    raise SystemExit(f"Error: {error}. In the project's folder: python -m pip install -r requirements.txt") from None
 from cleanai.exit import run_script
 from cleanai.report.run_text import preparation_table
 from cleanai.report.wording import origin_lines, wrapped
@@ -49,8 +51,7 @@ def main():
     print(f"Fine-tuned model: {scenario.fine_tuned}")
 
 
-def prepare(scenario, args):
-    # PyTorch takes seconds to import: only when there is work to do.
+def prepare(scenario, args):  # imports PyTorch, which takes seconds: only when there is work to do
     import torch
 
     from cleanai.measure.costs import count_parameters

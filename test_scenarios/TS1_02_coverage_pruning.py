@@ -8,7 +8,10 @@ resumes with the same command.
     python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --epochs 2    # after script 1 with Digits
 """
 
-from cleanai import cli, stages
+try:
+    from cleanai import cli, stages
+except ModuleNotFoundError as error:  # also after the folder was renamed
+    raise SystemExit(f"Error: {error}. In the project's folder: python -m pip install -r requirements.txt") from None
 from cleanai.exit import run_script
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario

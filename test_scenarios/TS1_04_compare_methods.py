@@ -7,13 +7,14 @@ it. Prints the answer and one table, and writes a PDF, a CSV and a JSON file.
     python test_scenarios/TS1_04_compare_methods.py --dataset Digits    # after scripts 1 to 3 with Digits
 """
 
-from cleanai import cli
+try:
+    from cleanai import cli, stages
+except ModuleNotFoundError as error:  # also after the folder was renamed
+    raise SystemExit(f"Error: {error}. In the project's folder: python -m pip install -r requirements.txt") from None
 from cleanai.exit import run_script
 from cleanai.report.comparison import compare_methods
 from cleanai.report.comparison_pdf import pdf_comparison
 from cleanai.report.comparison_text import comparison_csv, comparison_text
-from cleanai.runtime.checkpoints import write_record
-from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import Scenario
 
 SCENARIO = "TS1"
@@ -28,12 +29,10 @@ def main():
 
     # Load and compare the records.
     record = compare_methods(scenario)
-    print(f"{comparison_text(record)}\n")
+    print(f"{comparison_text(record)}\n", flush=True)
 
-    # Report: the record first, then what is made from it.
-    write_record(scenario.record, record)
-    write_bytes(scenario.table, comparison_csv(record).encode("utf-8"))
-    write_bytes(scenario.report, pdf_comparison(record))
+    # Report: a record, a CSV and a PDF.
+    stages.save_reports(scenario, record, comparison_csv(record), pdf_comparison(record))
     print(f"Report: {scenario.report}\nTable: {scenario.table}\nRecord: {scenario.record}")
 
 

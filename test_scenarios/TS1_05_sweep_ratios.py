@@ -2,19 +2,20 @@
 
 Prunes the network of script 1 at several ratios by each method, by L2 magnitude and at random, measures the accuracy
 on held-out test images, and draws it in a PDF beside the networks of scripts 2 and 3. It takes an hour on two CPU
-cores. An interrupted run resumes with the same command; the criterion that was at work is pruned again from its first
-ratio.
+cores. An interrupted run resumes with the same command.
 
     python test_scenarios/TS1_05_sweep_ratios.py
     python test_scenarios/TS1_05_sweep_ratios.py --dataset Digits --ratios 0.3 0.6    # after script 1 with Digits
 """
 
-from cleanai import cli, stages
+try:
+    from cleanai import cli, stages
+except ModuleNotFoundError as error:  # also after the folder was renamed
+    raise SystemExit(f"Error: {error}. In the project's folder: python -m pip install -r requirements.txt") from None
 from cleanai.exit import run_script
 from cleanai.report.sweep_pdf import pdf_sweep
 from cleanai.report.sweep_text import chosen_networks, sweep_answer, sweep_csv, sweep_text
 from cleanai.runtime.checkpoints import find_record, write_record
-from cleanai.runtime.files import remove_file, write_bytes
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
@@ -41,16 +42,15 @@ def main():
     args = cli.parse(f"{SCENARIO}, {MODEL}. {__doc__}", SETTINGS)
     scenario = Scenario(SCENARIO, MODEL, args.dataset, args.checkpoints_dir, METHOD)
     record = stages.finished_record(scenario, args)
-    with only_run(scenario):
-        if record is None:
+    if record is None:
+        with only_run(scenario):
             record = measure(scenario, args)
-        record["chosen"] = chosen_networks(scenario, args.config["fine_tuned_model"])
-        record["answer"] = sweep_answer(record)
-        stages.save_record(scenario, record)
-        remove_file(scenario.resume)
-        write_bytes(scenario.table, sweep_csv(record).encode("utf-8"))
-        write_bytes(scenario.report, pdf_sweep(record))
-    print(f"\n{sweep_text(record)}\n\nReport: {scenario.report}")
+            stages.save_record(scenario, record)
+    record.update(chosen=chosen_networks(scenario, args.config["fine_tuned_model"]), tolerance_points=args.tolerance)
+    record["answer"] = sweep_answer(record)
+    print(f"\n{sweep_text(record)}\n", flush=True)
+    stages.save_reports(scenario, record, sweep_csv(record), pdf_sweep(record))
+    print(f"Report: {scenario.report}")
     print(f"Table: {scenario.table}\nRecord: {scenario.record}")
 
 

@@ -40,6 +40,7 @@ SMALL = ["--train-samples", "64", "--batch-size", "16"]
 DEADLINE_S = 240  # of every wait for a process: many times what it takes
 # What differs from run to run: times, the checksums of files that hold some, and the folder.
 TIMES = {"seconds", "latency_ms", "latency_quantiles_ms", "throughput_images_per_s", "speedup"}
+TIMES |= {"throughput_batch", "throughput_spread_percent"}
 TIMES |= {"fine_tuned_model", "checkpoints", "commands", "sha256"}
 
 

@@ -1,14 +1,25 @@
 """How scripts end where their output goes somewhere unusual."""
 
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from cleanai import exit
 from cleanai.exit import run_script
 from cleanai.runtime.scenario import PROJECT
 
+# Runs the script in the second argument with cleanai from the folder in the first one, and the other packages of here.
+_WITHOUT_SITE = f"""
+import runpy, sys
+paths = [path for path in {sys.path!r} if "site-packages" in path or "dist-packages" in path]
+sys.path = [sys.argv[1], *[path for path in sys.path if path], *paths]
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 COMPARE = str(PROJECT / "test_scenarios" / "TS1_04_compare_methods.py")
 
 
@@ -70,6 +81,96 @@ def test_outputs_of_notebooks_and_of_programs_without_a_console_are_taken_as_the
     thread.join()
     assert statuses == [0]
     assert stdout is None or stdout.text == "a line\n"
+
+
+class _OnlyWrite:
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+def test_outputs_that_can_only_write_get_everything(monkeypatch):
+    from cleanai.runtime.progress import progress, say
+
+    def main():
+        say("above the bar")
+        for _ in progress(range(3), "Working", "step"):
+            print("a line")
+
+    monkeypatch.setattr(exit, "_SIGNALS", [])
+    outputs = _OnlyWrite(), _OnlyWrite()
+    for name, output in zip(("stdout", "stderr"), outputs):
+        monkeypatch.setattr(sys, name, output)
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert outputs[0].text == "above the bar\n" + "a line\n" * 3
+    assert outputs[1].text == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("program", "redirection", "status", "line"),
+    [
+        ("print('a')", ">/dev/full", 1, "Error: the output cannot be written (No space left on device)"),
+        ("print('a'); raise UserError('what to do')", ">/dev/full", 1, "Error: what to do"),
+        ("print('a'); raise UserError('what to do')", "2>/dev/full", 1, ""),
+        (
+            "time.sleep(1); print('a'); raise UserError('what to do')",
+            "| true; exit ${PIPESTATUS[0]}",
+            1,
+            "Error: what to do",
+        ),
+        ("time.sleep(1); print('a'); raise SystemExit", "| true; exit ${PIPESTATUS[0]}", 141, ""),
+    ],
+)
+def test_outputs_that_fail_at_the_end_are_one_line_or_none(monkeypatch, program, redirection, status, line):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    lines = "import time\nfrom cleanai import UserError\nfrom cleanai.exit import run_script\n"
+    lines += f"def main(): {program}\nrun_script(main)"
+    result = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -c \"{lines}\" {redirection}"], capture_output=True, encoding="utf-8"
+    )
+    assert (result.returncode, result.stderr.strip()) == (status, line)
+
+
+def _project(folder):
+    """A project as far as a script needs it to begin."""
+    shutil.copytree(PROJECT / "cleanai", folder / "cleanai", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "test_scenarios").mkdir()
+    shutil.copy(COMPARE, folder / "test_scenarios")
+    return folder
+
+
+def test_a_copied_project_does_not_run_the_package_of_another(tmp_path):
+    copy = _project(tmp_path / "a copy")
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
+    shutil.copy(COMPARE, tmp_path / "elsewhere" / "scripts")
+
+    def run(script, package_from):
+        return subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _WITHOUT_SITE, str(package_from), str(script)],
+            capture_output=True, encoding="utf-8", cwd=tmp_path,
+        )  # fmt: skip
+
+    script = copy / "test_scenarios" / Path(COMPARE).name
+    foreign = run(script, PROJECT)
+    assert foreign.returncode == 1
+    assert len(foreign.stderr.splitlines()) == 1
+    for expected in (str(copy), str(PROJECT), "-m pip install -e"):
+        assert expected in foreign.stderr
+    nowhere = run(script, tmp_path)
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.startswith("Error: No module named 'cleanai'. ") and nowhere.stderr.count("\n") == 1
+    own = run(script, copy)
+    assert "There is nothing to compare yet" in own.stderr, "the project itself"
+    alone = run(tmp_path / "elsewhere" / "scripts" / script.name, copy)
+    assert "There is nothing to compare yet" in alone.stderr, "a script that was copied elsewhere"
+    shutil.move(str(copy / "cleanai"), str(tmp_path / "cleanai"))
+    (copy / "cleanai").mkdir()
+    installed = run(script, tmp_path)
+    assert "There is nothing to compare yet" in installed.stderr, "a normal installation"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
-import math
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from cleanai.data.images import ImageSet
 from cleanai.runtime.compute import Compute
-from cleanai.runtime.progress import progress
+from cleanai.runtime.progress import progress, say
 
 LATENCY_TURNS = 30
 LATENCY_CALLS = 10  # per turn
@@ -24,6 +24,14 @@ MOST_WARM_UP_TURNS = 10
 STABLE = 0.05  # warm-up ends when two turns differ by at most this share
 
 
+@dataclass(frozen=True)
+class Times:
+    """The seconds of single calls, and how much its turns differ: their 10th to 90th percentile, over their median."""
+
+    seconds: list[float]
+    spread_percent: float
+
+
 def time_networks(
     networks: dict[str, nn.Module],
     images: ImageSet,
@@ -31,15 +39,14 @@ def time_networks(
     dtype: torch.dtype = torch.float32,
     cuda_graphs: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Latency of one image and throughput of batches of 128, in evaluation and inference mode, per network.
+    """Latency of one image and throughput of batches, in evaluation and inference mode, per network.
 
-    The networks' weights and inputs are of `dtype`. `latency_ms` holds the mean, the percentiles p50, p90
-    and p99, and n, the number of timed calls; `latency_quantiles_ms` the percentiles p2, p4, ... p98, to draw them;
-    `throughput_images_per_s` is images over seconds. With `cuda_graphs` `latency_cuda_graph_ms` is as `latency_ms`,
-    measured inside a CUDA graph.
+    The networks' weights and inputs are of `dtype`. `latency_ms` is of `distribution_ms`; `latency_quantiles_ms` holds
+    the percentiles p2, p4, ... p98, to draw them; `throughput_images_per_s` is images over seconds, in batches of
+    `throughput_batch` images, with `throughput_spread_percent`. With `cuda_graphs` `latency_cuda_graph_ms` is as
+    `latency_ms`, measured inside a CUDA graph.
     """
     single = next(images.batches(1))[0].to(dtype)
-    batch = next(images.select(torch.arange(THROUGHPUT_BATCH) % len(images)).batches(THROUGHPUT_BATCH))[0].to(dtype)
     networks = {name: network.eval() for name, network in networks.items()}
 
     def calls(inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -47,12 +54,16 @@ def time_networks(
 
     with torch.inference_mode():
         singles = time_in_turns(calls(single), LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images")
-        batches = time_in_turns(calls(batch), THROUGHPUT_TURNS, 1, compute, "Timing batches")
+        size = _batch_size([statistics.median(times.seconds) for times in singles.values()], compute)
+        batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
+        batches = time_in_turns(calls(batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
         timed = {
             name: {
                 "latency_ms": distribution_ms(singles[name]),
-                "latency_quantiles_ms": _quantiles_ms(singles[name]),
-                "throughput_images_per_s": THROUGHPUT_BATCH / statistics.mean(batches[name]),
+                "latency_quantiles_ms": _quantiles_ms(singles[name].seconds),
+                "throughput_images_per_s": size / statistics.mean(batches[name].seconds),
+                "throughput_batch": size,
+                "throughput_spread_percent": batches[name].spread_percent,
             }
             for name in networks
         }
@@ -65,38 +76,65 @@ def time_networks(
 
 
 def time_in_turns(
-    calls: dict[str, Callable[[], Any]], turns: int, calls_per_turn: int, compute: Compute, title: str
-) -> dict[str, list[float]]:
+    calls: dict[Any, Callable[[], Any]], turns: int, calls_per_turn: int, compute: Compute, title: str
+) -> dict[Any, Times]:
     """Seconds of each single call, by name, after a warm-up until turns take equally long.
 
     Each turn calls everything, and each begins with another: the order makes a difference of some percent. There are
-    fewer turns, but at least LEAST_TURNS, where `turns` would take longer than `compute.timing_s`. The fastest two
-    thirds of the turns count; the others were slowed by other work on the machine. No network is favoured.
+    fewer calls in a turn and fewer turns, but at least LEAST_TURNS of one call, where they would take longer than
+    `compute.timing_s`. The fastest two thirds of the turns count; the others were slowed by other work on the machine.
+    No network is favoured. Prints about how long it takes.
     """
     order = collections.deque(calls)
 
-    def turn() -> dict[str, list[float]]:
+    def turn(count: int) -> dict[str, list[float]]:
         order.rotate(-1)
-        return {name: [_seconds(calls[name], compute) for _ in range(calls_per_turn)] for name in order}
+        return {name: [_seconds(calls[name], compute) for _ in range(count)] for name in order}
 
     def total(seconds: dict[str, list[float]]) -> float:
         return sum(map(sum, seconds.values()))
 
-    before, spent = math.inf, 0.0
-    for _ in range(MOST_WARM_UP_TURNS):
-        now = total(turn())
+    spent = now = total(turn(1))
+    if spent < compute.timing_s:  # again, since the first call may choose algorithms and allocate memory
+        now = total(turn(1))
         spent += now
-        if abs(now - before) < STABLE * now or (spent > compute.timing_s and before < math.inf):
+    calls_per_turn = max(1, min(calls_per_turn, int(compute.timing_s / LEAST_TURNS / max(now, 1e-9))))
+    before = now = now * calls_per_turn
+    expected = min(turns, max(LEAST_TURNS, int(compute.timing_s / max(now, 1e-9))))
+    say(f"{title}: about {(2 + expected) * now:.0f} s")
+    for number in range(MOST_WARM_UP_TURNS):
+        if spent > compute.timing_s or (number > 1 and abs(now - before) < STABLE * now):
             break
-        before = now
+        before, now = now, total(turn(calls_per_turn))
+        spent += now
     turns = min(turns, max(LEAST_TURNS, int(compute.timing_s / max(now, 1e-9))))
-    measured = sorted((turn() for _ in progress(range(turns), title, "turn")), key=total)[: turns * 2 // 3]
-    return {name: [seconds for each in measured for seconds in each[name]] for name in calls}
+    measured = sorted((turn(calls_per_turn) for _ in progress(range(turns), title, "turn")), key=total)
+    counted = measured[: turns * 2 // 3]
+    return {
+        name: Times(
+            [seconds for each in counted for seconds in each[name]],
+            _spread_percent([statistics.median(each[name]) for each in measured]),
+        )
+        for name in calls
+    }
 
 
-def distribution_ms(seconds: list[float]) -> dict[str, float]:
-    """Mean, percentiles and number of these times, in milliseconds."""
-    values = [1000 * value for value in seconds]
+def _batch_size(single_s: list[float], compute: Compute) -> int:
+    """THROUGHPUT_BATCH, or less where the turns of networks that take so long for one image would take too long."""
+    size = THROUGHPUT_BATCH
+    while size > 1 and size * sum(single_s) > compute.timing_s:
+        size //= 2
+    return size
+
+
+def _spread_percent(turns: list[float]) -> float:
+    tenths = statistics.quantiles(turns, n=10, method="inclusive")
+    return 100 * (tenths[-1] - tenths[0]) / max(statistics.median(turns), 1e-9)
+
+
+def distribution_ms(times: Times) -> dict[str, float]:
+    """Mean, percentiles and number of these times, in milliseconds, and `spread_percent` of their turns."""
+    values = [1000 * value for value in times.seconds]
     percentiles = statistics.quantiles(values, n=100, method="inclusive")
     return {
         "mean": statistics.mean(values),
@@ -104,6 +142,7 @@ def distribution_ms(seconds: list[float]) -> dict[str, float]:
         "p90": percentiles[89],
         "p99": percentiles[98],
         "n": len(values),
+        "spread_percent": times.spread_percent,
     }
 
 

@@ -19,7 +19,9 @@ from cleanai.measure.significance import pack
 from cleanai.network.activations import record_statistics
 from cleanai.network.evaluation import Evaluation
 from cleanai.runtime.compute import Compute
+from cleanai.runtime.progress import say
 
+HOOKED = 2  # a pass that observes all layers takes about so many times as long
 COVERAGE_IMAGES = 1024  # test images, and training images for the ranges: seconds, not minutes
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
@@ -56,7 +58,13 @@ def measure_results(
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
-        "coverage": _compare_coverage(networks, images.train, split.calibration, compute, seed),
+        "coverage": _compare_coverage(
+            networks,
+            (images.train, split.calibration),
+            compute,
+            seed,
+            models["original"]["throughput_images_per_s"],
+        ),
     }
 
 
@@ -94,7 +102,7 @@ def _summary(models: dict[str, dict[str, Any]]) -> dict[str, float]:
         "parameter_reduction_percent": reduction_percent("parameters"),
         "macs_reduction_percent": reduction_percent("macs"),
         "size_reduction_percent": reduction_percent("size_mib"),
-        "speedup": original["latency_ms"]["mean"] / final["latency_ms"]["mean"],
+        "speedup": original["latency_ms"]["p50"] / final["latency_ms"]["p50"],
         "accuracy_recovery_points": final["accuracy_percent"] - pruned["accuracy_percent"],
         "final_accuracy_drop_points": final["accuracy_percent"] - original["accuracy_percent"],
     }
@@ -178,11 +186,16 @@ def _thumbnail(pixels: torch.Tensor) -> str:
 
 
 def _compare_coverage(
-    networks: dict[str, nn.Module], train: ImageSet, calibration: ImageSet, compute: Compute, seed: int
+    networks: dict[str, nn.Module], images: tuple[ImageSet, ImageSet], compute: Compute, seed: int, images_per_s: float
 ) -> dict[str, Any]:
-    """Test coverage by the first calibration images, with ranges from as many training images, drawn with `seed`."""
-    profiled = train.sample(COVERAGE_IMAGES, seed)
-    covered = calibration.select(torch.arange(min(COVERAGE_IMAGES, len(calibration))))
+    """Test coverage by the first calibration images, with ranges from as many training images, drawn with `seed`.
+
+    `images` are the training and the calibration images; `images_per_s` is a network's throughput, for the estimate.
+    """
+    profiled = images[0].sample(COVERAGE_IMAGES, seed)
+    covered = images[1].select(torch.arange(min(COVERAGE_IMAGES, len(images[1]))))
+    passed = len(networks) * (len(profiled) + 2 * len(covered))
+    say(f"Measuring test coverage on {len(covered):,} images: about {HOOKED * passed / images_per_s:.0f} s")
     return {
         "profile_images": len(profiled),
         "images": len(covered),

@@ -85,7 +85,9 @@ def latency_chart(quantiles_ms: dict[str, list[float]]) -> Drawing:
     fastest, slowest = min(map(min, quantiles_ms.values())), max(map(max, quantiles_ms.values()))
     chart.xValueAxis.valueMin, chart.xValueAxis.valueMax = 0.95 * fastest, 1.02 * slowest
     chart.xValueAxis.maximumTicks = 10
-    chart.xValueAxis.labelTextFormat = "%.2f" if slowest - fastest < 1 else "%.1f" if slowest - fastest < 8 else "%.0f"
+    spread = slowest - fastest
+    digits = 4 if slowest < 0.1 else 2 if spread < 1 else 1 if spread < 8 else 0
+    chart.xValueAxis.labelTextFormat = f"%.{digits}f"
     _legend(drawing, chart, quantiles_ms)
     return drawing
 
@@ -98,9 +100,11 @@ def widths_chart(layers: list[str], widths: dict[str, list[int]]) -> Drawing:
 
 def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -> Drawing:
     """Bars per layer, one panel below the other: `panels` holds, by title, two or more rows of values by name."""
-    crowded = len(layers) > 30
-    label_size = min(6.5, 0.8 * WIDTH / len(layers))
-    below, panel = 4 * mm + (0.6 if crowded else 0.5) * label_size * max(map(len, layers)), 38 * mm
+    longest = max(map(len, layers))
+    crowded = len(layers) > 30 or longest > 30
+    share = 0.6 if crowded else 0.5  # of the font size: the height of a letter of a slanted label
+    label_size = min(6.5, 0.8 * WIDTH / len(layers), 60 * mm / (share * longest))
+    below, panel = 4 * mm + share * label_size * longest, 38 * mm
     drawing = Drawing(WIDTH, below + panel * len(panels) + 5 * mm)
     for number, (title, rows) in enumerate(panels.items()):
         lowest = number == len(panels) - 1
@@ -144,9 +148,10 @@ def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
     chart.xValueAxis.labelTextFormat = "%+.1f"
     chart.yValueAxis.valueMin, chart.yValueAxis.valueMax = 0, len(rows)
     chart.yValueAxis.visible = chart.yValueAxis.visibleGrid = False
+    size = min(7, left / max(stringWidth(label, FONT, 1) for label, _, _ in rows))
     for (label, _, _), y in zip(rows, heights):
         height = chart.y + chart.height * y / len(rows) - 2
-        drawing.add(String(0, height, label, fontName=FONT, fontSize=7))
+        drawing.add(String(0, height, label, fontName=FONT, fontSize=size))
     return drawing
 
 
@@ -172,27 +177,29 @@ def curves_chart(
     `original` is the accuracy of the original network, if there is one, drawn as a line. `stars` are the legend of the
     panels' stars: (text, name of the curve, filled).
     """
-    names = list(panels[0].curves)
-    styles = dict(zip(names, itertools.cycle(_STYLES)))
-    drawing = Drawing(WIDTH, 86 * mm)
+    styles = dict(zip(panels[0].curves, itertools.cycle(_STYLES)))
+    names = [*styles, *([] if original is None else ["original network"])]
+    places, below = _legend_places(names, 29), _legend_places([text for text, _, _ in stars], 21)
+    rows = 1 + places[-1][1], 1 + (below[-1][1] if below else 0)
+    drawing = Drawing(WIDTH, 86 * mm + 14 * (sum(rows) - 2))
     width, left = WIDTH / len(panels), 9 * mm
     for column, panel in enumerate(panels):
         plot = _curves(panel, original, styles)
         plot.x, plot.y = column * width + left, 13 * mm
-        plot.width, plot.height = width - left - 3 * mm, drawing.height - 29 * mm
+        plot.width, plot.height = width - left - 3 * mm, 57 * mm
         drawing.add(plot)
         drawing.add(String(plot.x - left, plot.y + plot.height + 7, panel.title, fontName=FONT, fontSize=7))
         middle = plot.x + plot.width / 2
         drawing.add(String(middle, 3, panel.caption, fontName=FONT, fontSize=7, textAnchor="middle"))
-    x, y = 0.0, drawing.height - 6
-    reference = [] if original is None else [("original network", _ORIGINAL)]
-    for name, (color, dashes, marker) in [*styles.items(), *reference]:
+    for name, (x, row) in zip(names, places):
+        color, dashes, marker = styles.get(name, _ORIGINAL)
+        y = drawing.height - 6 - 14 * row
         line = Line(x, y, x + 24, y, strokeColor=color, strokeWidth=1.5 if marker else 0.8, strokeDashArray=dashes)
         drawing.add(line)
-        x = _legend_entry(drawing, marker and _marker(marker, color), (x, y), 29, name)
-    x, y = 0.0, drawing.height - 20
-    for text, name, filled in stars:
-        x = _legend_entry(drawing, _star(styles[name][0], filled), (x, y), 21, text)
+        _legend_entry(drawing, marker and _marker(marker, color), (x, y), 29, name)
+    for (text, name, filled), (x, row) in zip(stars, below):
+        y = drawing.height - 6 - 14 * (rows[0] + row)
+        _legend_entry(drawing, _star(styles[name][0], filled), (x, y), 21, text)
     return drawing
 
 
@@ -224,14 +231,25 @@ def _curves(panel: Panel, original: float | None, styles: dict[str, Style]) -> L
     return plot
 
 
-def _legend_entry(drawing: Drawing, marker: Any, place: tuple[float, float], indent: float, text: str) -> float:
-    """Draw a marker and its text; return where the next entry begins."""
+def _legend_places(texts: Sequence[str], indent: float) -> list[tuple[float, int]]:
+    """Where each entry of a legend begins: its position across, and its row."""
+    places, x, row = [], 0.0, 0
+    for text in texts:
+        width = indent + stringWidth(text, FONT, 7)
+        if x and x + width > WIDTH:
+            x, row = 0.0, row + 1
+        places.append((x, row))
+        x += width + 12
+    return places
+
+
+def _legend_entry(drawing: Drawing, marker: Any, place: tuple[float, float], indent: float, text: str) -> None:
+    """Draw a marker and its text."""
     x, y = place
     if marker:
         marker.x, marker.y = x + 12, y
         drawing.add(marker)
     drawing.add(String(x + indent, y - 2.5, text, fontName=FONT, fontSize=7))
-    return x + indent + stringWidth(text, FONT, 7) + 12
 
 
 def _marker(kind: str, color: Any) -> Any:
@@ -283,18 +301,20 @@ def _plot(chart: LinePlot, lines: list[Points], styles: Sequence[Style]) -> None
 
 
 def _legend(drawing: Drawing, chart: Any, names: Iterable[str]) -> None:
-    """Name the lines or bars of `chart`, at the top right of the drawing."""
+    """Name the lines or bars of `chart`, at the top right of the drawing; above it where there are too many."""
     bars = isinstance(chart, VerticalBarChart)
+    rows = 1 + _legend_places(list(names), 22 if bars else 36)[-1][1]
+    drawing.height += 10 * (rows - 1)
     for number, name in enumerate(names):
         (chart.bars if bars else chart.lines)[number].name = name
     legend = Legend()
     legend.colorNamePairs = Auto(obj=chart)
     legend.x, legend.y = drawing.width, drawing.height
     legend.boxAnchor = "ne"
-    legend.columnMaximum = 1
+    legend.columnMaximum = rows
     legend.alignment = "right"
     legend.fontName, legend.fontSize = FONT, 7
     legend.dx, legend.dy = (6 if bars else 20), 6
-    legend.deltax, legend.variColumn = 12, True
+    legend.deltax, legend.deltay, legend.variColumn = 12, 10, True
     legend.dxTextSpace = 4
     drawing.add(legend)

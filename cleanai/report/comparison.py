@@ -10,12 +10,14 @@ import numpy as np
 
 from cleanai import UserError
 from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
-from cleanai.report.wording import STAGES, Record, method_title
+from cleanai.report.notes import notes
+from cleanai.report.wording import STAGES, Record, heldout_images, interval_text, is_narrow, method_title, speedup
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import Scenario
 
 COMPARED = ("pruned", "fine_tuned")
+_SAME_TIME = 1.15  # a larger ratio of two times of one network is not by chance
 
 _Runs = Dict[str, Record]
 _Flags = Dict[str, Dict[str, np.ndarray]]
@@ -61,6 +63,8 @@ def compare_methods(scenario: Scenario) -> Record:
             for first, second in pairs_of(list(METHODS))
             if second in runs and (first == "original" or (first in runs and comparable))
         ],
+        "warnings": [f"{method_title(method)}: {text}" for method, run in runs.items() for text in run["warnings"]],
+        "notes": [*_notes(runs), *_other_times(runs)],
         "remarks": [*remarks, *_other_settings(runs)],
     }
     return {**record, "answer": _answer(record)}
@@ -96,6 +100,22 @@ def _other_settings(runs: _Runs) -> list[str]:
     return remarks
 
 
+def _notes(runs: _Runs) -> list[str]:
+    return [f"{method_title(method)}: {text}" for method, run in runs.items() for text in notes(run)]
+
+
+def _other_times(runs: _Runs) -> list[str]:
+    """A note where the original network, the same in all runs, did not take the same time in them."""
+    times = {method_title(method): run["models"]["original"]["latency_ms"]["p50"] for method, run in runs.items()}
+    if max(times.values()) <= _SAME_TIME * min(times.values()):
+        return []
+    shown = ", ".join(f"{time:.2f} ms for {title}" for title, time in times.items())
+    return [
+        f"The machine was not equally fast in the runs: the original network took {shown} (medians). Compare "
+        "speed-ups, not times."
+    ]
+
+
 def _answer(record: Record) -> list[str]:
     """The result in words: a sentence on each method, and one on each two of them."""
     differences = {(d["first"], d["second"]): d for d in record["differences"] if d["stage"] == "fine_tuned"}
@@ -103,27 +123,41 @@ def _answer(record: Record) -> list[str]:
     sentences = []
     for method, run in runs.items():
         before, after = (run["models"][name]["accuracy_heldout_percent"] for name in ("original", "fine_tuned"))
-        points = after - before
-        change = f"{'lost' if points < 0 else 'gained'} {abs(points):.2f} points of held-out accuracy "
-        change += f"({before:.2f}% to {after:.2f}%), {verdict(differences['original', method]['p_value'])}"
-        kept = f"kept its held-out accuracy of {after:.2f}%"
+        points, tested = after - before, differences["original", method]
+        if points:
+            change = f"{'lost' if points < 0 else 'gained'} {abs(points):.2f} points of held-out accuracy "
+            change += f"({before:.2f}% to {after:.2f}%), {verdict(tested['p_value'])}"
+        elif is_narrow(tested["interval_points"]):
+            change = f"kept its held-out accuracy of {after:.2f}%"
+        else:
+            change = f"showed the same held-out accuracy of {after:.2f}%"
         sentences.append(
             f"{method_title(method)} removed {run['summary']['parameter_reduction_percent']:.1f}% of the parameters "
             f"and {run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
-            f"{run['summary']['speedup']:.2f} times as fast, and {change if points else kept}."
+            f"{speedup(run['models']):.2f} times as fast, and {change}.{_allowed(run, tested)}"
         )
     for first, second in combinations(runs, 2):
         if (first, second) in differences:
-            sentences.append(_between(first, second, differences[first, second]))
+            tested = differences[first, second]
+            sentences.append(_between(first, second, tested) + _allowed(runs[first], tested))
     return sentences
 
 
 def _between(first: str, second: str, difference: Record) -> str:
     points = difference["difference_points"]
     if not points:
-        return f"After fine-tuning {method_title(first)} and {method_title(second)} are equal."
+        same = "are equal" if is_narrow(difference["interval_points"]) else "classify as many held-out images correctly"
+        return f"After fine-tuning {method_title(first)} and {method_title(second)} {same}."
     ahead, behind = map(method_title, (first, second) if points < 0 else (second, first))
     return f"After fine-tuning {ahead} is {abs(points):.2f} points ahead of {behind}, {verdict(difference['p_value'])}."
+
+
+def _allowed(run: Record, difference: Record) -> str:
+    """What a difference may be, where it is not significant and the interval is wide."""
+    if difference["significant"] or is_narrow(difference["interval_points"]):
+        return ""
+    interval = interval_text(difference["interval_points"])
+    return f" {heldout_images(run):,} images are too few to be sure: the 95% interval is {interval} points."
 
 
 def _without_bits(run: Record) -> Record:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reportlab.platypus import Spacer
+from reportlab.platypus import Flowable, Spacer
 
 from cleanai.report.charts import WIDTH, differences_chart, widths_chart
 from cleanai.report.comparison_text import (
@@ -13,19 +13,21 @@ from cleanai.report.comparison_text import (
     explanation,
     original_line,
     side_by_side_rows,
+    table_columns,
 )
-from cleanai.report.page import build_pdf, section, table, text
+from cleanai.report.page import build_pdf, section, table, text, warning
 from cleanai.report.wording import Record, counted, listed, method_title, origin_lines
+
+_MOST_COLUMNS = 4  # of networks, in a table
+_MOST_DIFFERENCES = 30  # in a chart
 
 
 def pdf_comparison(record: Record) -> bytes:
     """The comparison as the bytes of a PDF: the answer, the tables, the differences and the widths drawn."""
     titles = [method_title(method) for method in record["runs"]]
     runs = {method_title(method): run for method, run in record["runs"].items() if run}
-    networks = [f"{title}, {stage}" for stage in ("pruned", "fine-tuned") for title in titles]
-    rows = [["Metric", "Original", *networks], *([label, *values] for label, values in side_by_side_rows(record))]
-    shares = [0.29, 0.15, *[0.56 / len(networks)] * len(networks)]
     drawn = [(difference_name(d), d["difference_points"], d["interval_points"]) for d in record["differences"]]
+    charts = [differences_chart(drawn[i : i + _MOST_DIFFERENCES]) for i in range(0, len(drawn), _MOST_DIFFERENCES)]
     differences = table(
         [DIFFERENCE_COLUMNS, *difference_rows(record)], [WIDTH * s for s in (0.38, 0.1, 0.16, 0.13, 0.08, 0.15)]
     )
@@ -33,14 +35,28 @@ def pdf_comparison(record: Record) -> bytes:
     widths = {"Original": [layer["channels_before"] for layer in layers[0]]}
     widths.update({name: [layer["channels_after"] for layer in cut] for name, cut in zip(runs, layers)})
     story = [
-        *(text(sentence) for sentence in record["answer"]),
-        *section("Side by side", table(rows, [WIDTH * share for share in shares])),
+        *map(text, record["answer"]),
+        *map(warning, record.get("warnings", [])),
+        *map(text, record.get("notes", [])),
+        *section("Side by side", *_side_by_side(record, titles)),
         *section("Are the differences significant?", differences, Spacer(1, 4), text(explanation(record))),
-        *section("The differences with their intervals", differences_chart(drawn)),
+        *section("The differences with their intervals", *charts),
         *section("Channels per layer", widths_chart([layer["name"] for layer in layers[0]], widths)),
         *section("Origin", *(text(line) for line in _origin(record, runs))),
     ]
     return build_pdf(record["scenario"], f"{listed(titles)} compared", story)
+
+
+def _side_by_side(record: Record, titles: list[str]) -> list[Flowable]:
+    networks = [f"{title}, {stage}" for stage in ("pruned", "fine-tuned") for title in titles]
+    rows = [["Metric", "Original", *networks], *([label, *values] for label, values in side_by_side_rows(record))]
+    tables: list[Flowable] = []
+    for columns in table_columns([1] * len(titles), _MOST_COLUMNS):
+        shares = [0.29, 0.15, *[0.56 / len(columns)] * len(columns)]
+        shown = [[*row[:2], *(row[1 + number] for number in columns)] for row in rows]
+        shown = [row for row in shown if any(row[2:])]  # the summary is of the fine-tuned networks
+        tables += [table(shown, [WIDTH * share for share in shares]), Spacer(1, 6)]
+    return tables[:-1]
 
 
 def _origin(record: Record, runs: dict[str, Record]) -> list[str]:

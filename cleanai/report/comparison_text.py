@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 
 from cleanai.measure.significance import LEVEL
 from cleanai.report.comparison import COMPARED, pairs_of
@@ -13,6 +14,7 @@ from cleanai.report.wording import (
     WIDTH,
     Record,
     heldout_images,
+    interval_text,
     listed,
     method_title,
     origin_lines,
@@ -33,8 +35,9 @@ def side_by_side_rows(record: Record) -> list[tuple[str, list[str]]]:
     rows = []
     for label in dict.fromkeys(label for table in measured.values() for label in table):
         values = {method: table.get(label, ["-"] * len(STAGES)) for method, table in measured.items()}
-        # Each run measured the original network beside its own: both values, where they differ.
-        original = " / ".join(dict.fromkeys(of_stages[0] for of_stages in values.values()))
+        # Each run measured the original network beside its own: all values, where they differ.
+        known = list(dict.fromkeys(of_stages[0] for of_stages in values.values() if of_stages[0] != "-"))
+        original = f"{min(known, key=float)} to {max(known, key=float)}" if len(known) > 2 else " / ".join(known)
         stages = [[values[m][stage] if m in values else "-" for m in methods] for stage in (1, 2)]
         rows.append((label, [original, *stages[0], *stages[1]]))
     summaries = {method: dict(summary_rows(run)) for method, run in runs.items()}
@@ -55,12 +58,11 @@ def difference_rows(record: Record) -> list[list[str]]:
             if difference is None:
                 rows.append([name, *["-"] * (len(DIFFERENCE_COLUMNS) - 1)])
                 continue
-            low, high = difference["interval_points"]
             p = "< 0.001" if difference["p_value"] < 0.001 else f"{difference['p_value']:.3f}"
             discordant = f"{difference['only_second']} / {difference['only_first']}"
             significant = "yes" if difference["significant"] else "no"
             points = f"{difference['difference_points']:+.2f}"
-            rows.append([name, points, f"{low:+.2f} to {high:+.2f}", discordant, p, significant])
+            rows.append([name, points, interval_text(difference["interval_points"]), discordant, p, significant])
     return rows
 
 
@@ -80,8 +82,8 @@ def explanation(record: Record) -> str:
     else:
         where = "the held-out test images of each method's run, which differ"
     sentences = [f"Differences are in percentage points, on {where}."]
-    if any(" / " in values[0] for _, values in side_by_side_rows(record)):
-        sentences.insert(0, "Two values of the original network: each run timed it beside its own networks.")
+    if any(" " in values[0] for _, values in side_by_side_rows(record)):
+        sentences.insert(0, "Several values of the original network: each run timed it beside its own networks.")
     if record["differences"]:
         sentences.append(
             "The 95% interval is from a bootstrap over the images. Discordant: images that only the first / only the "
@@ -102,50 +104,84 @@ def original_line(record: Record) -> str:
 
 
 def comparison_text(record: Record) -> str:
-    """All that the comparing script prints: the answer, the two tables, and their explanation."""
+    """All that the comparing script prints: the answer, the warnings, the tables, and their explanation."""
     titles = [method_title(method) for method in record["runs"]]
-    widths = [max(10, len(title) + 2) for title in titles]
-    rows = side_by_side_rows(record)
-    # One table, or when that is too wide one per stage.
-    together = 32 + 14 + 2 * sum(widths) <= WIDTH
-    tables = [COMPARED] if together else [[stage] for stage in COMPARED]
-    lines = [f"{listed(titles).upper()} - COMPARISON TABLE", "=" * WIDTH]
-    for stages in tables:
-        heading = [f"{STAGES[stage]:>{sum(widths)}}" for stage in stages]
-        shown = [COMPARED.index(stage) * len(titles) + 1 for stage in stages]
-        columns = [32, 14, *widths * len(stages)]
-        lines += [
-            f"{'':<46}{''.join(heading)}",
-            row_text(["Metric", STAGES["original"], *titles * len(stages)], columns),
-            "-" * WIDTH,
-        ]
-        for label, values in rows:
-            of_stages = [value for start in shown for value in values[start : start + len(titles)]]
-            lines.append(row_text([label, values[0], *of_stages], columns))
-        lines.append("-" * WIDTH)
-    names = [row[0] for row in difference_rows(record)]
-    first = max(44, *(len(name) + 1 for name in names))
+    differences = [DIFFERENCE_COLUMNS, *difference_rows(record)]
+    longest = [max(map(len, column)) for column in zip(*differences)]
+    widths = [max(least, 1 + length) for least, length in zip((7, 17, 11, 8), longest[1:])]
     return "\n".join(
         [
             *map(wrapped, record["answer"]),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record.get("warnings", [])),
+            *("\n" + wrapped(f"Note: {note}") for note in record.get("notes", [])),
             "",
             *map(wrapped, origin_lines({"dataset": any_run(record)["dataset"]})),
             wrapped(original_line(record)),
             "",
-            *lines,
+            textwrap.fill(f"{listed(titles).upper()} - COMPARISON TABLE", WIDTH),
+            "=" * WIDTH,
+            *_side_by_side(record, titles),
             "",
-            *table_text([DIFFERENCE_COLUMNS, *difference_rows(record)], [first, 7, 17, 11, 8, 12]),
+            *table_text(differences, [WIDTH - sum(widths) - 12, *widths, 12]),
             wrapped(explanation(record)),
             *(f"- {remark}" for remark in record["remarks"]),  # not wrapped: they hold commands to copy
         ]
     )
 
 
+def table_columns(widths: list[int], room: int) -> list[list[int]]:
+    """The networks of each table of the methods side by side, from the widths of the methods' columns.
+
+    Networks are numbered as the values of `side_by_side_rows`. All are in one table if they fit in `room`, otherwise
+    those of a stage, otherwise as many of them as fit.
+    """
+    count = len(widths)
+    if len(COMPARED) * sum(widths) <= room:
+        return [list(range(1, 1 + len(COMPARED) * count))]
+    tables: list[list[int]] = []
+    for stage in range(len(COMPARED)):
+        left = 0
+        for method, width in enumerate(widths):
+            if not method or width > left:
+                tables.append([])
+                left = room
+            tables[-1].append(1 + stage * count + method)
+            left -= width
+    return tables
+
+
+def _side_by_side(record: Record, titles: list[str]) -> list[str]:
+    """The lines of the tables of all methods, each as wide as a table may be; long titles are broken."""
+    rows = side_by_side_rows(record)
+    original = max(15, *(1 + len(values[0]) for _, values in rows)) - 1
+    widths = [min(18, max(10, len(title) + 2)) for title in titles]
+    lines = []
+    for table in table_columns(widths, WIDTH - 32 - original):
+        columns = [32, original, *(widths[(number - 1) % len(titles)] for number in table)]
+        heading = ""
+        for stage, key in enumerate(COMPARED):
+            own = [widths[(number - 1) % len(titles)] for number in table if (number - 1) // len(titles) == stage]
+            heading += f"{STAGES[key]:>{sum(own)}}" if own else ""
+        shown = [titles[(number - 1) % len(titles)] for number in table]
+        lines += [
+            f"{'':<{32 + original}}{heading}",
+            row_text(["Metric", STAGES["original"], *shown], columns),
+            "-" * WIDTH,
+            *(
+                row_text([label, values[0], *(values[number] for number in table)], columns)
+                for label, values in rows
+                if any(values[number] for number in table)  # the summary is of the fine-tuned networks
+            ),
+            "-" * WIDTH,
+        ]
+    return lines
+
+
 def comparison_csv(record: Record) -> str:
     """One line per network, units in the names of the columns; empty where a value is not known."""
     names = {first: f"minus_{first.lower()}" for first, _ in pairs_of(list(record["runs"]))}
     measures = ("points", "low_points", "high_points", "p_value")
-    columns = ["network", "method", *_COSTS, "latency_mean_ms", "throughput_images_per_s"]
+    columns = ["network", "method", *_COSTS, "latency_mean_ms", "latency_median_ms", "throughput_images_per_s"]
     columns += [f"{prefix}_{measure}" for prefix in names.values() for measure in measures]
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -154,6 +190,7 @@ def comparison_csv(record: Record) -> str:
         for name, model in run["models"].items() if run else ():
             row = {"network": name, "method": method_title(method), **{key: model[key] for key in _COSTS}}
             row["latency_mean_ms"] = model["latency_ms"]["mean"]
+            row["latency_median_ms"] = model["latency_ms"]["p50"]
             row["throughput_images_per_s"] = model["throughput_images_per_s"]
             for difference in record["differences"]:
                 if (difference["stage"], difference["second"]) == (name, method):

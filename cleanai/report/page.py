@@ -11,10 +11,13 @@ from reportlab.lib.enums import TA_CENTER, TA_RIGHT
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.styles import ParagraphStyle
 from reportlab.lib.units import mm
-from reportlab.platypus import Flowable, Image, KeepTogether, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+from reportlab.pdfbase.pdfmetrics import stringWidth
+from reportlab.platypus import CondPageBreak, Flowable, Image, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
 from cleanai.report.charts import DARK, GREY, LINES, MARGIN, PADDING, WIDTH
 from cleanai.report.fonts import BOLD, FONT
+
+_HEIGHT = A4[1] - 2 * MARGIN - 2 * PADDING - 1  # of a page's text
 
 _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12, spaceBefore=4)
 _LEAD = ParagraphStyle("lead", parent=_TEXT, fontSize=10, leading=14, spaceAfter=3)
@@ -41,15 +44,16 @@ def build_pdf(scenario: str, title: str, story: list[Any]) -> bytes:
     """A PDF of a title and `story`, with the scenario's name and the page number at the foot, and an outline."""
 
     def draw_footer(canvas: Any, document: Any) -> None:
-        canvas.setFont(FONT, 7)
         canvas.setFillColor(GREY)
+        canvas.setFont(FONT, min(7, 0.85 * WIDTH / stringWidth(scenario, FONT, 1)))
         canvas.drawString(MARGIN + PADDING, MARGIN / 2, scenario)
+        canvas.setFont(FONT, 7)
         canvas.drawRightString(A4[0] - MARGIN - PADDING, MARGIN / 2, f"Page {document.page}")
 
     file = io.BytesIO()
     margins = dict.fromkeys(("leftMargin", "rightMargin", "topMargin", "bottomMargin"), MARGIN)
     document = _Document(file, pagesize=A4, title=f"{scenario}: {title}", author="CleanAI", **margins)
-    document.build([Paragraph(title, _TITLE), *story], onFirstPage=draw_footer, onLaterPages=draw_footer)
+    document.build([Paragraph(_escaped(title), _TITLE), *story], onFirstPage=draw_footer, onLaterPages=draw_footer)
     return file.getvalue()
 
 
@@ -74,8 +78,13 @@ def warning(content: str) -> Paragraph:
 
 
 def section(heading: str, *content: Any) -> list[Any]:
-    """A heading and its content, on one page."""
-    return [KeepTogether([Paragraph(heading, _HEADING), Spacer(1, 4), *content])]
+    """A heading and its content: on one page if they fit on one, otherwise from the top of a page on."""
+    flowables = [Paragraph(_escaped(heading), _HEADING), Spacer(1, 4), *content]
+    height, gap = 0.0, 0.0
+    for flowable in flowables:
+        height += flowable.wrap(WIDTH, _HEIGHT)[1] + max(gap, flowable.getSpaceBefore())
+        gap = flowable.getSpaceAfter()
+    return [CondPageBreak(min(height, _HEIGHT)), *flowables]
 
 
 def table(rows: list[list[str]], widths: list[float]) -> Table:
@@ -90,7 +99,7 @@ def table(rows: list[list[str]], widths: list[float]) -> Table:
         ("TOPPADDING", (0, 0), (-1, -1), 2),
         ("BOTTOMPADDING", (0, 0), (-1, -1), 3),
     ]
-    return Table(cells, colWidths=widths, style=TableStyle(style), repeatRows=1)
+    return Table(cells, colWidths=widths, style=TableStyle(style), repeatRows=1, splitInRow=1)
 
 
 def pictures(rows: list[tuple[str, str]], abreast: int) -> Table:
@@ -126,7 +135,7 @@ def pairs(rows: list[tuple[str, str]], numbers: bool = False, abreast: int = 1) 
         ("BOTTOMPADDING", (0, 0), (-1, -1), 2.5),
     ]
     widths = [WIDTH * 0.4 / abreast, WIDTH * (0.2 if numbers else 0.6) / abreast] * abreast
-    return Table(cells, colWidths=widths, style=TableStyle(style), hAlign="LEFT")
+    return Table(cells, colWidths=widths, style=TableStyle(style), hAlign="LEFT", splitInRow=1)
 
 
 def _escaped(text: str) -> str:

@@ -9,6 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
+from cleanai.report.notes import notes
 from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
@@ -17,10 +18,14 @@ from cleanai.report.wording import (
     counted,
     exported_as,
     heldout_images,
+    in_unit,
+    interval_text,
+    is_narrow,
     method_title,
     prepared_with,
     repair_stages,
     requested_shares,
+    speedup,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
@@ -42,7 +47,7 @@ def pdf_report(record: Record) -> bytes:
     story = [
         text(_what_was_done(record)),
         *(warning(content) for content in record["warnings"]),
-        *section("Summary", *(lead(sentence) for sentence in _answer(record)), text(_TERMS)),
+        *section("Summary", *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), Spacer(1, 6), pairs(summary_rows(record), numbers=True)),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
@@ -70,30 +75,34 @@ def _what_was_done(record: Record) -> str:
 
 def _answer(record: Record) -> list[str]:
     """The change of accuracy, the savings, and whether the change is significant: a sentence each."""
-    original, final, summary = record["models"]["original"], record["models"]["fine_tuned"], record["summary"]
-    before, after = original["accuracy_heldout_percent"], final["accuracy_heldout_percent"]
-    verb = "lost" if after < before else "gained" if after > before else "kept"
-    change = "its accuracy" if verb == "kept" else f"{abs(after - before):.2f} points of accuracy"
-    beside = "as many as the original network" if verb == "kept" else f"the original network {before:.2f}%"
+    models, summary, flags = record["models"], record["summary"], heldout_flags(record)
+    tested = compare_paired(flags["original"], flags["fine_tuned"])
+    before, after = (models[name]["accuracy_heldout_percent"] for name in ("original", "fine_tuned"))
+    beside = f"the original network {before:.2f}%"
+    if after != before:
+        change = f"{'lost' if after < before else 'gained'} {abs(after - before):.2f} points of accuracy"
+    else:
+        beside = "as many as the original network"
+        kept = is_narrow(tested["interval_points"])
+        change = "kept its accuracy" if kept else "shows no change of accuracy, but on too few images to be sure"
+    size, (size_before, _, size_after) = in_unit("size_mib", [models[name]["size_mib"] for name in STAGES])
+    time, (time_before, _, time_after) = in_unit("ms", [models[name]["latency_ms"]["p50"] for name in STAGES])
     return [
-        f"Pruned and fine-tuned, the network {verb} {change}: it classifies {after:.2f}% of the "
+        f"Pruned and fine-tuned, the network {change}: it classifies {after:.2f}% of the "
         f"{heldout_images(record):,} held-out test images correctly, {beside}.",
         f"It has {summary['parameter_reduction_percent']:.1f}% fewer parameters and "
-        f"{summary['macs_reduction_percent']:.1f}% fewer FLOPs, takes {final['size_mib']:.1f} MB instead of "
-        f"{original['size_mib']:.1f} MB, and is {summary['speedup']:.2f} times as fast on single images "
-        f"({final['latency_ms']['mean']:.2f} ms instead of {original['latency_ms']['mean']:.2f} ms).",
-        _significance(record),
+        f"{summary['macs_reduction_percent']:.1f}% fewer FLOPs, takes {size_after} {size} instead of "
+        f"{size_before} {size}, and is {speedup(models):.2f} times as fast on single images "
+        f"(median {time_after} {time} instead of {time_before} {time}).",
+        _significance(tested),
     ]
 
 
-def _significance(record: Record) -> str:
-    flags = heldout_flags(record)
-    tested = compare_paired(flags["original"], flags["fine_tuned"])
-    low, high = tested["interval_points"]
+def _significance(tested: Record) -> str:
     return (
         f"The difference in accuracy is {verdict(tested['p_value'])} by McNemar's test: {tested['only_first']:,} of "
         f"these images only the original network classifies correctly, {tested['only_second']:,} only the final one. "
-        f"The 95% interval of the difference is {low:+.2f} to {high:+.2f} points."
+        f"The 95% interval of the difference is {interval_text(tested['interval_points'])} points."
     )
 
 
@@ -103,9 +112,11 @@ def _comparison(record: Record) -> Table:
 
 
 def _epochs_note(record: Record) -> str:
+    images, batch = record["dataset"]["train_images"], record["config"]["batch_size"]
+    used = f" An epoch has whole batches only: {images - images % batch:,} of the {images:,} images, others each time."
     return (
         f"Epoch 0 is the pruned network: test accuracy {repair_stages(record['pruning'])}. The training curve is of "
-        "augmented images during the epoch."
+        f"augmented images during the epoch.{used if images > batch and images % batch else ''}"
     )
 
 
@@ -204,9 +215,14 @@ def _newly_wrong(record: Record) -> list[Any]:
 
 def _latency(record: Record) -> list[Any]:
     models = record["models"]
-    rows = [["Time for one image (ms)", *STAGES.values()]]
-    for key, label in (("p50", "Median"), ("p90", "90th percentile"), ("p99", "99th percentile")):
-        rows.append([label, *(f"{models[name]['latency_ms'][key]:.2f}" for name in STAGES)])
+    labels = {"p50": "Median", "p90": "90th percentile", "p99": "99th percentile"}
+    unit, times = in_unit("ms", [models[name]["latency_ms"][key] for key in labels for name in STAGES])
+    rows = [[f"Time for one image ({unit})", *STAGES.values()]]
+    rows += [[label, *times[3 * number : 3 * number + 3]] for number, label in enumerate(labels.values())]
+    if all("spread_percent" in models[name]["latency_ms"] for name in STAGES):
+        rows.append(
+            ["Spread between turns", *(f"{models[name]['latency_ms']['spread_percent']:.0f}%" for name in STAGES)]
+        )
     rows = table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
     quantiles = {title: models[name]["latency_quantiles_ms"] for name, title in STAGES.items()}
     note = (

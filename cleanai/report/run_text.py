@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from cleanai.report.wording import STAGES, WIDTH, Record, method_title
+from cleanai.report.notes import FULL_BATCH, notes
+from cleanai.report.wording import STAGES, WIDTH, Record, in_unit, method_title, speedup, wrapped
 
-RUNTIMES = {"onnx_runtime": "ONNX Runtime, CPU (ms)", "pytorch": "PyTorch, CPU, beside it (ms)"}
+RUNTIMES = {"onnx_runtime": "ONNX Runtime, CPU", "pytorch": "PyTorch, CPU, beside it"}
 
 
 def preparation_table(record: Record) -> str:
@@ -34,16 +35,24 @@ def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
     """The rows of the comparison: a label, and the values of original, pruned and fine-tuned network."""
     models = [record["models"][name] for name in STAGES]
     exported = record["export"]["latency_ms"] if "export" in record else {}
-    return [
+    size, sizes = in_unit("size_mib", [model["size_mib"] for model in models])
+    prefix, parameters = in_unit("parameters", [model["parameters"] for model in models])
+    of_macs, macs = in_unit("macs", [model["macs"] for model in models])
+    time, times = in_unit("ms", [model["latency_ms"]["mean"] for model in models])
+    batch = models[0].get("throughput_batch", FULL_BATCH)
+    rows = [
         ("Accuracy (%)", [f"{model['accuracy_percent']:.2f}" for model in models]),
-        ("Size (MB)", [f"{model['size_mib']:.2f}" for model in models]),
-        ("Parameters (M)", [f"{model['parameters'] / 1e6:.2f}" for model in models]),
-        ("FLOPs (G)", [f"{model['macs'] / 1e9:.2f}" for model in models]),
-        ("Avg Inference Time (ms)", [f"{model['latency_ms']['mean']:.2f}" for model in models]),
+        (f"Size ({size})", sizes),
+        (f"Parameters ({prefix})", parameters),
+        (f"FLOPs ({of_macs})", macs),
+        (f"Avg Inference Time ({time})", times),
         ("Held-out Accuracy (%)", [f"{model['accuracy_heldout_percent']:.2f}" for model in models]),
-        ("Throughput, batch 128 (images/s)", [f"{model['throughput_images_per_s']:.0f}" for model in models]),
-        *((RUNTIMES[key], [f"{latency[name]['mean']:.2f}" for name in STAGES]) for key, latency in exported.items()),
+        (f"Throughput, batch {batch} (images/s)", [f"{model['throughput_images_per_s']:.0f}" for model in models]),
     ]
+    for runtime, latency in exported.items():
+        time, times = in_unit("ms", [latency[name]["mean"] for name in STAGES])
+        rows.append((f"{RUNTIMES[runtime]} ({time})", times))
+    return rows
 
 
 def summary_rows(record: Record) -> list[tuple[str, str]]:
@@ -52,7 +61,7 @@ def summary_rows(record: Record) -> list[tuple[str, str]]:
     return [
         ("Parameter Reduction", f"{summary['parameter_reduction_percent']:.2f}%"),
         ("Size Reduction", f"{summary['size_reduction_percent']:.2f}%"),
-        ("Speedup", f"{summary['speedup']:.2f}x"),
+        ("Speedup", f"{speedup(record['models']):.2f}x"),
         ("Accuracy Recovery (FT)", f"{summary['accuracy_recovery_points']:+.2f}%"),
         ("Final Accuracy Drop", f"{summary['final_accuracy_drop_points']:+.2f}%"),
         ("FLOPs Reduction", f"{summary['macs_reduction_percent']:.2f}%"),
@@ -60,7 +69,7 @@ def summary_rows(record: Record) -> list[tuple[str, str]]:
 
 
 def comparison_table(record: Record) -> str:
-    """The COMPREHENSIVE COMPARISON TABLE and the Summary of a pruning script, then its warnings."""
+    """The COMPREHENSIVE COMPARISON TABLE and the Summary of a pruning script, then its warnings and notes."""
     original, pruned, fine_tuned = STAGES.values()
     # The specification sets values with a sign or an x one column further right.
     summary = [
@@ -78,6 +87,7 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
-            *(f"\n!!! WARNING: {warning}" for warning in record["warnings"]),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
+            *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]
     )

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from reportlab.graphics.shapes import Drawing
-from reportlab.platypus import Spacer
+from reportlab.platypus import Flowable, Spacer
 
 from cleanai.report.charts import WIDTH, Panel, curves_chart
 from cleanai.report.page import build_pdf, pairs, section, table, text
-from cleanai.report.sweep_text import COSTS, chosen_rows, criteria, explanation, heading, points_of, sweep_rows
+from cleanai.report.sweep_text import (
+    COSTS,
+    chosen_rows,
+    criteria,
+    criteria_groups,
+    explanation,
+    heading,
+    points_of,
+    sweep_rows,
+)
 from cleanai.report.wording import Record, counted, origin_lines, prepared_with
 
 _UNITS = {"parameters": ("M", 1e6), "macs": ("G", 1e9)}
@@ -28,15 +37,17 @@ def pdf_sweep(record: Record) -> bytes:
         ("Seed", str(config["seed"])),
         ("Device", f"{machine['device']}, {machine['precision']}; PyTorch {machine['torch']}"),
     ]
-    names = criteria(record)
+    tables: list[Flowable] = []
+    for names in criteria_groups(record):
+        widths = [WIDTH * 0.16, *[WIDTH * 0.84 / len(names)] * len(names)]
+        tables += [table(sweep_rows(record, names), widths), Spacer(1, 6)]
     of_scripts = table(chosen_rows(record), [WIDTH * share for share in (0.43, 0.19, 0.19, 0.19)])
     story = [
         text(record["answer"]),
         *section("Accuracy over what was removed", sweep_chart(record)),
         *section(
             heading(record),
-            table(sweep_rows(record), [WIDTH * 0.16, *[WIDTH * 0.84 / len(names)] * len(names)]),
-            Spacer(1, 6),
+            *tables,
             *([of_scripts, Spacer(1, 6)] if record["chosen"] else []),
             text(explanation(record)),
         ),

@@ -21,7 +21,9 @@ from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import Scenario
 
-WITHIN = 1  # points of accuracy that the answer tolerates
+TOLERANCE_POINTS = 1.0  # of accuracy, in the answer
+_FEW_IMAGES = 1000
+_ABREAST = 5  # criteria in a table
 COSTS = {"parameters": "Parameters", "macs": "FLOPs"}
 
 
@@ -54,17 +56,27 @@ def points_of(record: Record, criterion: str) -> list[Record]:
 def sweep_answer(record: Record) -> str:
     """The highest ratio up to which each criterion stays near the original network at every ratio, in words."""
     original, epochs = record["original"]["accuracy_percent"], record["config"]["epochs"]
-    ratios = record["config"]["ratios"]
+    ratios, images = record["config"]["ratios"], record["dataset"]["accuracy_images"]
+    tolerance = _tolerance(record)
     reach: dict[float, list[str]] = {}
+    outside = []
     for name in criteria(record):
-        near = [original - point["accuracy_percent"] <= WITHIN for point in points_of(record, name)]
-        count = [*near, False].index(False)
+        lost = [original - point["accuracy_percent"] for point in points_of(record, name)]
+        count = [*(points <= tolerance + 1e-6 for points in lost), False].index(False)  # 80 - 79.3 is more than 0.7
         reach.setdefault(ratios[count - 1] if count else 0, []).append(name)
+        if count < len(lost):
+            outside.append(
+                f"{name} loses {counted(round(lost[count] * images / 100), 'image')} at {100 * ratios[count]:g}%"
+            )
     how = f"With {counted(epochs, 'epoch')} of fine-tuning at each ratio" if epochs else "Without fine-tuning"
-    what = f"within {counted(WITHIN, 'point')} of the original network's {original:.2f}% accuracy"
+    what = f"within {_points(tolerance)} of the original network's {original:.2f}% accuracy"
+    few = ""
+    if images < _FEW_IMAGES:
+        few = f" Few images decide this: one of the {images:,} test images is {100 / images:.1f} points"
+        few += f"; {listed(outside)}." if outside else "."
     (furthest, best), *others = sorted(reach.items(), reverse=True)
     if not furthest:
-        return f"{how}, no criterion stays {what}, not even with {100 * ratios[0]:g}% removed."
+        return f"{how}, no criterion stays {what}, not even with {100 * ratios[0]:g}% removed.{few}"
     limit = ", the highest ratio tried," if furthest == ratios[-1] else ""
     rest = [
         f"; {listed(names)} {f'{100 * ratio:g}%' if ratio else f'not even {100 * ratios[0]:g}%'}"
@@ -72,14 +84,31 @@ def sweep_answer(record: Record) -> str:
     ]
     return (
         f"{how}, {listed(best)} can remove {100 * furthest:g}% of the parameters and of the FLOPs{limit} "
-        f"and stay {what}{''.join(rest)}."
+        f"and stay {what}{''.join(rest)}.{few}"
     )
+
+
+def _tolerance(record: Record) -> float:
+    return record.get("tolerance_points", TOLERANCE_POINTS)
+
+
+def _points(number: float) -> str:
+    return "1 point" if number == 1 else f"{number:g} points"
+
+
+def criteria_groups(record: Record) -> list[list[str]]:
+    """The criteria of each table."""
+    names = criteria(record)
+    return [names[start : start + _ABREAST] for start in range(0, len(names), _ABREAST)]
 
 
 def sweep_text(record: Record) -> str:
     """All that the script prints of a sweep: the answer, the tables, and their explanation."""
-    names = criteria(record)
-    width = min(21, 80 // len(names))
+    tables = [
+        line
+        for names in criteria_groups(record)
+        for line in table_text(sweep_rows(record, names), [14, *[min(21, 80 // len(names))] * len(names)])
+    ]
     return "\n".join(
         [
             wrapped(record["answer"]),
@@ -89,7 +118,7 @@ def sweep_text(record: Record) -> str:
             "",
             f"ACCURACY BY RATIO - {heading(record).upper()}",
             "=" * WIDTH,
-            *table_text(sweep_rows(record), [14, *[width] * len(names)]),
+            *tables,
             "",
             *(table_text(chosen_rows(record), [44, 18, 18, 18]) if record["chosen"] else []),
             wrapped(explanation(record)),
@@ -103,9 +132,9 @@ def heading(record: Record) -> str:
     return f"Accuracy (%), and the difference to the original network's {original:.2f}"
 
 
-def sweep_rows(record: Record) -> list[list[str]]:
-    """A heading, and a row per ratio: the accuracies by criterion, with their change."""
-    original, names = record["original"]["accuracy_percent"], criteria(record)
+def sweep_rows(record: Record, names: list[str]) -> list[list[str]]:
+    """A heading, and a row per ratio: the accuracies of these criteria, with their change."""
+    original = record["original"]["accuracy_percent"]
     rows = [["Removed", *names]]
     for number, ratio in enumerate(record["config"]["ratios"]):
         accuracies = [points_of(record, name)[number]["accuracy_percent"] for name in names]
@@ -129,7 +158,7 @@ def explanation(record: Record) -> str:
     sentences = [
         f"Accuracy is on {count:,} test images, calibration used {calibration:,} others. One point is "
         f"{count / 100:g} images. The answer names the highest ratio up to which every accuracy is within "
-        f"{counted(WITHIN, 'point')}.",
+        f"{_points(_tolerance(record))}.",
         "Each criterion removes the same share of the parameters and of the FLOPs, from ratio to ratio, with repair "
         "after each. There is one run per criterion: another seed changes the numbers, most of all for random choice.",
     ]

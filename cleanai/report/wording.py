@@ -12,6 +12,13 @@ Record = Dict[str, Any]
 
 STAGES = {"original": "Original (FT)", "pruned": "After Pruning", "fine_tuned": "After Pruning+FT"}
 WIDTH = 100  # columns of a table
+_NARROWEST = 40  # columns that prose is wrapped to; some consoles call themselves 0 or 1 wide
+_UNITS = {  # with the least value that is shown in each; the specification's unit comes first
+    "macs": (("G", 1e9, 1e8), ("M", 1e6, 1e5), ("k", 1e3, 0)),
+    "parameters": (("M", 1e6, 1e5), ("k", 1e3, 0)),
+    "size_mib": (("MB", 1, 0.1), ("KB", 1 / 1024, 0)),
+    "ms": (("ms", 1, 0.1), ("µs", 1e-3, 0)),
+}
 
 
 def method_title(method: str) -> str:
@@ -21,7 +28,8 @@ def method_title(method: str) -> str:
 
 def wrapped(text: str) -> str:
     """Prose wrapped to the terminal, at most to the width of the tables."""
-    return textwrap.fill(text, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns
+    return textwrap.fill(text, min(WIDTH, max(_NARROWEST, columns)), break_on_hyphens=False)  # of options
 
 
 def origin_lines(record: Record) -> list[str]:
@@ -83,6 +91,28 @@ def repair_stages(pruning: Record) -> str:
     return ", ".join(f"{pruning[key]:.2f}% {text}" for key, text in stages if key in pruning)
 
 
+def in_unit(quantity: str, values: list[float]) -> tuple[str, list[str]]:
+    """A unit in which the first of the values is not almost zero, and all of them in it, with two decimals."""
+    unit, size = next((unit, size) for unit, size, least in _UNITS[quantity] if values[0] >= least)
+    return unit, [f"{value / size:.2f}" for value in values]
+
+
+def interval_text(interval_points: list[float]) -> str:
+    """For example "-0.50 to +0.25"."""
+    low, high = interval_points
+    return f"{low:+.2f} to {high:+.2f}"
+
+
+def is_narrow(interval_points: list[float]) -> bool:
+    """Whether an interval shows that accuracy was kept: no change of more than a point is in it."""
+    return max(map(abs, interval_points)) <= 1
+
+
+def speedup(models: Record, network: str = "fine_tuned") -> float:
+    """How many times as fast as the original network a network is on single images, by their median times."""
+    return models["original"]["latency_ms"]["p50"] / models[network]["latency_ms"]["p50"]
+
+
 def counted(number: int, noun: str) -> str:
     """For example "1 epoch" or "30 epochs"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -94,9 +124,19 @@ def listed(names: list[str]) -> str:
 
 
 def row_text(values: list[str], widths: list[int]) -> str:
-    """A row of a table: the first value to the left, the others to the right of their columns."""
-    cells = [f"{values[0]:<{widths[0]}}", *(f"{value:>{width}}" for value, width in zip(values[1:], widths[1:]))]
-    return "".join(cells).rstrip()
+    """A row of a table: the first value to the left, the others to the right of their columns.
+
+    A value that is too long for its column is broken into lines; all values end in the last line.
+    """
+    room = [widths[0], *(width - 1 for width in widths[1:])]
+    cells = [textwrap.wrap(value, width) for value, width in zip(values, room)]
+    height = max(1, *map(len, cells))
+    cells = [[""] * (height - len(cell)) + cell for cell in cells]
+    lines = [
+        "".join(f"{text:{'>' if column else '<'}{widths[column]}}" for column, text in enumerate(line))
+        for line in zip(*cells)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def table_text(rows: list[list[str]], widths: list[int]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from typing import Iterator
 
 from filelock import FileLock, Timeout
@@ -40,7 +41,11 @@ def only_run(scenario: Scenario) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise cannot_write(scenario.lock, error) from error
+            if scenario.folder in new_folders:
+                _remove_empty(scenario, new_folders)
+            only_locks = scenario.folder.is_dir() and os.access(scenario.folder, os.W_OK)
+            result = scenario.report if scenario.method else scenario.record
+            raise cannot_write(scenario.lock if only_locks else result, error) from error
     try:
         scenario.remove_unfinished()
         yield

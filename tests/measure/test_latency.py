@@ -59,11 +59,14 @@ def test_networks_are_timed_in_turns(digits, compute):
         assert quantiles[24] == pytest.approx(distribution["p50"], abs=1e-4)
         assert quantiles[44] == pytest.approx(distribution["p90"], abs=1e-4)
         assert timed[name]["throughput_images_per_s"] > 0
+        assert timed[name]["throughput_batch"] == 128
+        assert distribution["spread_percent"] > 0 and timed[name]["throughput_spread_percent"] > 0
     singles = [name for name, size in calls if size == 1]
-    warm_up = len(singles) - 2 * 300
+    assert singles[:4] == ["b", "a", "a", "b"], "before the warm-up: two single calls show how long one takes"
+    warm_up = len(singles) - 4 - 2 * 300
     assert warm_up >= 40, "only two turns or more show whether times are stable"
     # Each turn begins with another network: b a, a b, b a, ...
-    turns = [singles[start : start + 20] for start in range(0, len(singles), 20)]
+    turns = [singles[start : start + 20] for start in range(4, len(singles), 20)]
     for number, turn in enumerate(turns):
         first, second = ("b", "a") if number % 2 == 0 else ("a", "b")
         assert turn == [first] * 10 + [second] * 10
@@ -74,32 +77,55 @@ def test_networks_are_timed_in_turns(digits, compute):
 def test_slow_turns_are_left_out_for_all_networks(clock, compute):
     """In every third turn other work on the machine slows one of the networks down."""
     calls = {"a": clock.call(itertools.cycle([0.002, 0.002, 0.1])), "b": clock.call(itertools.repeat(0.003))}
-    seconds = time_in_turns(calls, 30, 1, compute, "")
-    assert seconds == {"a": pytest.approx([0.002] * 20), "b": pytest.approx([0.003] * 20)}
+    times = time_in_turns(calls, 30, 1, compute, "")
+    assert times["a"].seconds == pytest.approx([0.002] * 20)
+    assert times["b"].seconds == pytest.approx([0.003] * 20)
+    assert times["a"].spread_percent == pytest.approx(100 * (0.1 - 0.002) / 0.002), "the slow turns show in it"
+    assert times["b"].spread_percent == pytest.approx(0, abs=1e-6)
 
 
 def test_times_are_of_single_calls(clock, compute):
-    seconds = time_in_turns({"a": clock.call(itertools.cycle([0.003, 0.004]))}, 6, 2, compute, "")
-    assert seconds == {"a": pytest.approx([0.003, 0.004] * 4)}
+    times = time_in_turns({"a": clock.call(itertools.cycle([0.003, 0.004]))}, 6, 2, compute, "")
+    assert times["a"].seconds == pytest.approx([0.003, 0.004] * 4)
 
 
 def test_the_warm_up_ends_when_turns_take_equally_long(clock, compute):
     durations = iter([8.0, 4.0, 2.0, 1.0, 0.97, *[0.5] * 6])
-    seconds = time_in_turns({"a": clock.call(durations)}, 6, 1, compute, "")
-    assert seconds == {"a": pytest.approx([0.5] * 4)}
+    times = time_in_turns({"a": clock.call(durations)}, 6, 1, compute, "")
+    assert times["a"].seconds == pytest.approx([0.5] * 4)
     assert not list(durations), "all calls after the warm-up are measured"
 
 
 def test_a_warm_up_in_which_turns_never_take_equally_long_ends(clock, compute):
     compute = replace(compute, timing_s=1e9)
-    seconds = time_in_turns({"a": clock.call(2.0**power for power in range(16, 0, -1))}, 6, 1, compute, "")
-    assert seconds == {"a": [2, 4, 8, 16]}, "ten turns of warm-up, and the fastest four of six"
+    times = time_in_turns({"a": clock.call(2.0**power for power in range(18, 0, -1))}, 6, 1, compute, "")
+    assert times["a"].seconds == [2, 4, 8, 16], "ten turns of warm-up, and the fastest four of six"
 
 
-def test_long_timings_are_cut_to_the_seconds_allowed(clock, compute):
+@pytest.mark.parametrize(
+    ("call_s", "calls", "passes"),
+    [(0.09, 70, 132), (1.0, 6, 17), (6.0, 2, 5), (30.0, 2, 4), (3000.0, 2, 4)],
+)
+def test_long_timings_are_cut_to_the_seconds_allowed(clock, compute, capsys, call_s, calls, passes):
+    """As far as they can be: two thirds of three turns of one call must remain, and a call or two before them."""
     bounded = replace(compute, timing_s=10.0)
-    seconds = time_in_turns({"a": clock.call(itertools.repeat(1.0))}, 30, 1, bounded, "")
-    assert seconds == {"a": pytest.approx([1.0] * 6)}, "two thirds of ten turns"
-    assert clock.now == 12, "and two turns of warm-up"
-    seconds = time_in_turns({"a": clock.call(itertools.count(100.0, 50.0))}, 30, 1, bounded, "")
-    assert len(seconds["a"]) == 2, "two thirds of the least number of turns"
+    times = time_in_turns({"a": clock.call(itertools.repeat(call_s))}, 30, 10, bounded, "Timing")
+    assert times["a"].seconds == pytest.approx([call_s] * calls)
+    assert clock.now == pytest.approx(call_s * passes)
+    announced = float(capsys.readouterr().out.split("about ")[1].split(" s")[0])
+    assert announced == pytest.approx(clock.now, rel=0.3)
+
+
+@pytest.mark.parametrize(("single_s", "batch"), [(0.01, 128), (0.2, 32), (3.0, 2), (100.0, 1)])
+def test_a_slow_network_gets_a_smaller_batch(clock, compute, digits, single_s, batch):
+    """One whose pass takes as long for each image of a batch as for a single one."""
+
+    class Slow(nn.Module):
+        def forward(self, inputs):
+            clock.now += single_s * len(inputs)
+
+    bounded = replace(compute, timing_s=10.0)
+    timed = time_networks({"a": Slow()}, digits.test, bounded)["a"]
+    assert timed["throughput_batch"] == batch
+    assert timed["throughput_images_per_s"] == pytest.approx(1 / single_s)
+    assert clock.now <= max(100, 8 * single_s)

@@ -72,7 +72,7 @@ def test_models_and_summary_are_calculated_from_the_measurements(digits, compute
     assert summary["parameter_reduction_percent"] == pytest.approx(100 * (1 - (768 * 50 + 560) / (768 * 100 + 1110)))
     assert summary["accuracy_recovery_points"] == pytest.approx(100 * 80 / 360, abs=1e-4)
     assert summary["final_accuracy_drop_points"] == pytest.approx(-100 * 10 / 360, abs=1e-4)
-    latencies = [models[name]["latency_ms"]["mean"] for name in ("original", "fine_tuned")]
+    latencies = [models[name]["latency_ms"]["p50"] for name in ("original", "fine_tuned")]
     assert summary["speedup"] == pytest.approx(latencies[0] / latencies[1])
     sizes = [models[name]["size_mib"] for name in ("original", "fine_tuned")]
     assert summary["size_reduction_percent"] == pytest.approx(100 * (1 - sizes[1] / sizes[0]))

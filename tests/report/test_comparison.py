@@ -1,5 +1,6 @@
 """Script 4 on the records of two methods."""
 
+import copy
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ from cleanai.report.comparison import compare_methods
 from cleanai.report.comparison_pdf import pdf_comparison
 from cleanai.report.comparison_text import comparison_csv, comparison_text, side_by_side_rows
 from cleanai.runtime.checkpoints import read_record, write_record
+from cleanai.runtime.lock import only_run
 from cleanai.runtime.methods import METHODS, Method
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import COMPARE, SCRIPTS, fails, pdf_pages, preparation_record, run, run_record
@@ -129,6 +131,23 @@ def test_the_tables_hold_the_numbers_of_the_records(records, tmp_path):
         assert shown in " ".join(pages)
 
 
+def test_the_table_is_printed_where_nothing_can_be_written(records, tmp_path):
+    files = scenario(write(tmp_path, records))
+    files.folder.write_bytes(b"in the way of the folder")
+    result = run(COMPARE, "--checkpoints-dir", tmp_path)
+    fails(result, f"{files.report} cannot be written (")
+    assert "COMPARISON TABLE" in result.stdout and "Report:" not in result.stdout
+    files.folder.unlink()
+    files.report.parent.mkdir(parents=True)
+    left = files.report.with_name(f"{files.report.name}.123.tmp")
+    left.write_bytes(b"left by a killed run")
+    with only_run(files):
+        fails(run(COMPARE, "--checkpoints-dir", tmp_path), "Another run of this script")
+    left.write_bytes(b"left by a killed run")
+    assert run(COMPARE, "--checkpoints-dir", tmp_path).returncode == 0
+    assert files.report.exists() and not left.exists()
+
+
 @pytest.mark.parametrize("missing", TITLES)
 def test_a_method_that_has_not_run_shows_the_command_that_runs_it(records, tmp_path, missing):
     del records[missing]
@@ -208,9 +227,50 @@ def test_a_third_method_has_its_columns_and_the_tables_keep_their_width(records,
     printed = comparison_text(compared(tmp_path, records))
     rows = [line for line in printed.splitlines() if line.startswith("Accuracy (%)")]
     assert [line.split()[-4:] for line in rows] == [["92.00", "90.20", "90.50", "-"], ["92.00", "91.70", "91.80", "-"]]
-    assert max(map(len, printed[printed.index("==") : printed.index("Two values of")].splitlines())) == 100
+    assert max(map(len, printed[printed.index("==") : printed.index("Several values of")].splitlines())) == 100
     assert "After Pruning+FT: L1 norm - WANDA " in printed
     assert "- L1 norm has not run. " in printed
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_any_number_of_methods_with_long_titles_fits(records, tmp_path, monkeypatch, count):
+    titles = [f"Method {number} & a title that is longer than any column of a table" for number in range(count)]
+    for name in list(METHODS):
+        monkeypatch.delitem(METHODS, name)
+    for number, title in enumerate(titles):
+        monkeypatch.setitem(METHODS, f"M{number}", Method(f"M{number}", title))
+        record = copy.deepcopy(records["Wanda"])
+        record.update(method=f"M{number}", warnings=["The final network is at chance level: 10.00% accuracy"])
+        for each in record["models"].values():
+            each["latency_ms"].update(p50=2.0 + number, mean=2.0 + number)
+        write_record(scenario(tmp_path, f"M{number}").record, record)
+    record = compare_methods(scenario(tmp_path))
+    printed, pages = comparison_text(record), pdf_pages(pdf_comparison(record))
+    lines = [line for line in printed.splitlines() if not line.startswith("- ")]
+    assert max(map(len, lines)) == 100
+    rows = [line.split()[3:] for line in lines if line.startswith("Accuracy (%)")]
+    assert sorted(value for row in rows for value in row) == ["90.50"] * count + ["91.80"] * count
+    in_pdf = " ".join(pages)
+    for title in titles:
+        warning = f"WARNING: {title}: The final network is at chance level"
+        assert warning in " ".join(printed.split())
+        assert f"Warning: {title}: The final network" in in_pdf
+    assert ("The machine was not equally fast" in printed) == (count > 1) == ("Compare speed-ups" in in_pdf)
+
+
+def test_few_images_make_no_method_equal_or_unharmed(records, tmp_path):
+    for method in TITLES:
+        record = records[method]
+        record["dataset"].update(test_images=16, calibration_images=8)
+        record["heldout_bits"] = pack(np.arange(16) < 8)
+        for model in record["models"].values():
+            model.update(accuracy_heldout_percent=50.0, correct_bits=pack(np.arange(16) % 2 < 1))
+    answer = compared(tmp_path, records)["answer"]
+    for sentence in answer:
+        assert re.search(r" 8 images are too few to be sure: the 95% interval is -\d\d\.\d\d to \+\d\d", sentence), (
+            sentence
+        )
+        assert not re.search("kept|equal", sentence)
 
 
 def test_help_holds_the_two_options_that_it_takes():

@@ -1,4 +1,5 @@
 import io
+import re
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ def test_the_first_page_answers_in_three_sentences():
     for expected in (
         "the network lost 0.30 points of accuracy: it classifies 91.60% of the 4,000 held-out test images correctly, "
         "the original network 91.90%.",
-        "It has 20.0% fewer parameters and 20.0% fewer FLOPs, takes 34.1 MB instead of 42.6 MB, and is 1.14 "
-        "times as fast on single images (2.15 ms instead of 2.45 ms).",
+        "It has 20.0% fewer parameters and 20.0% fewer FLOPs, takes 34.08 MB instead of 42.60 MB, and is "
+        "1.14 times as fast on single images (median 2.15 ms instead of 2.45 ms).",
         f"is not significant (p = {p_value:.3f}) by McNemar's test: {(before & ~after).sum()} of these images only the "
         f"original network classifies correctly, {(after & ~before).sum()} only the final one.",
         "Avg Inference Time (ms)",
@@ -162,3 +163,64 @@ def test_any_number_of_epochs_can_be_drawn(epochs):
     record = run_record()
     record["history"] = [{**record["history"][0], "epoch": epoch} for epoch in range(1, epochs + 1)]
     assert len(pdf_pages(pdf_report(record))) == len(pdf_pages(pdf_report(run_record())))
+
+
+def _squeezed(text):
+    return re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize(
+    ("layers", "warnings", "name"), [(1, 0, "a"), (47, 2, "layer3.{}.downsample.0"), (120, 6, "x" * 60 + "{}")]
+)
+def test_a_report_of_any_length_is_made_and_no_text_is_lost(layers, warnings, name):
+    record = {**run_record(), "export": EXPORT, "scenario": "TS1_" + "s" * 200}
+    names = [name.format(number) for number in range(layers)]
+    for part in (record, record["pruning"]):
+        part["layers"] = [{**part["layers"][1], "name": each} for each in names]
+    for model in record["coverage"]["models"].values():
+        model["layers"] = [*({**model["layers"][0], "name": each} for each in names), model["layers"][-1]]
+    record["warnings"] = [f"Warning {number}: the network is at chance level" for number in range(warnings)]
+    classes = [f"{'Klasse' * 20}{number}" for number in range(1000)]
+    record["classes"] = [{**record["classes"][0], "name": each} for each in classes]
+    record["commands"] = ["python " + "".join(f"/folder{number}" for number in range(200))]
+    record["config"]["round_to"] = list(range(900, 0, -1))
+    text = re.sub(r"TS1_s+Page\d+", "", _squeezed(pdf_text(pdf_report(record))))
+    for expected in (*names, *record["warnings"], *classes[:5], *(f"/folder{number}/" for number in range(199))):
+        assert _squeezed(expected) in text, expected
+    assert sum(f",{number}," in text for number in range(2, 900)) > 880, "a page may end within some of them"
+
+
+def test_what_a_reader_must_know_is_in_the_summary():
+    record = run_record()
+    for model in record["models"].values():
+        model["latency_ms"].update(n=2, spread_percent=34.0)
+    record["models"]["fine_tuned"].update(accuracy_percent=36.67, correct_bits=pack(np.arange(10_000) < 3_667))
+    first = pdf_pages(pdf_report(record))[0]
+    for expected in (
+        "Fine-tuning made the pruned network worse: test accuracy 90.20% before it, 36.67% after it, significant",
+        "ResNet18_CIFAR10_pruned_NC.pth",
+        "The machine was busy: times vary by 34% (single images) between turns.",
+        "only 2 calls of each network",
+    ):
+        assert expected in first, expected
+    assert "Spread between turns 34% 34% 34%" in pdf_text(pdf_report(record))
+
+
+def test_few_images_do_not_show_that_accuracy_was_kept():
+    record = run_record()
+    record["dataset"].update(test_images=32, calibration_images=24)
+    record["heldout_bits"] = pack(np.arange(32) < 8)
+    for name in record["models"]:
+        record["models"][name].update(accuracy_heldout_percent=50.0, correct_bits=pack(np.arange(32) % 2 < 1))
+    first = pdf_pages(pdf_report(record))[0]
+    assert "kept" not in first
+    assert "shows no change of accuracy, but on too few images to be sure: it classifies 50.00% of the 8 held" in first
+    low, high = re.search(r"difference is ([+-][\d.]+) to ([+-][\d.]+) points", first).groups()
+    assert float(low) < -10 and float(high) > 10
+
+
+def test_an_epoch_that_leaves_images_out_is_named():
+    record = run_record()
+    assert "whole batches only" not in pdf_text(pdf_report(record))
+    record["dataset"]["train_images"], record["config"]["batch_size"] = 90, 16
+    assert "whole batches only: 80 of the 90 images" in pdf_text(pdf_report(record))

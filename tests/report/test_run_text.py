@@ -1,6 +1,7 @@
 """The printed tables, against the user's specification."""
 
-from cleanai.report.run_text import comparison_table, preparation_table
+from cleanai.report.notes import notes
+from cleanai.report.run_text import comparison_rows, comparison_table, preparation_table, summary_rows
 from cleanai.report.wording import origin_lines, repair_stages, requested_shares
 from tests.helpers import EXPORT, preparation_record, run_record
 
@@ -101,3 +102,44 @@ def test_requested_shares_name_each_budget():
     assert requested_shares({"ratio": 0.2, "macs_ratio": 0.2}) == "20% of the parameters and of the FLOPs"
     assert requested_shares({"ratio": 0.2, "macs_ratio": 0.35}) == "20% of the parameters and 35% of the FLOPs"
     assert requested_shares({"ratio": None, "macs_ratio": 0.35}) == "35% of the FLOPs"
+
+
+def test_small_networks_are_shown_in_smaller_units():
+    record = run_record()
+    for model, macs in zip(record["models"].values(), (3_120_000, 2_500_000, 2_500_000)):
+        model.update(macs=macs, parameters=macs // 100, size_mib=macs / 1e8, throughput_batch=16)
+        model["latency_ms"]["mean"] = macs / 1e8
+    rows = dict(comparison_rows(record))
+    assert rows["FLOPs (M)"] == ["3.12", "2.50", "2.50"]
+    assert rows["Parameters (k)"] == ["31.20", "25.00", "25.00"]
+    assert rows["Size (KB)"] == ["31.95", "25.60", "25.60"]
+    assert rows["Avg Inference Time (µs)"] == ["31.20", "25.00", "25.00"]
+    assert "Throughput, batch 16 (images/s)" in rows
+
+
+def test_speed_up_is_of_medians_in_older_records_too():
+    record = run_record()
+    record["models"]["original"]["latency_ms"].update(mean=9.0, p50=4.0)
+    record["models"]["fine_tuned"]["latency_ms"].update(mean=1.0, p50=2.0)
+    record["summary"]["speedup"] = 9.0
+    assert dict(summary_rows(record))["Speedup"] == "2.00x"
+
+
+def test_notes_stand_under_the_table_and_are_wrapped():
+    record = run_record()
+    assert notes(record) == []
+    for model in record["models"].values():
+        model["latency_ms"]["spread_percent"] = model["throughput_spread_percent"] = 10.0
+    assert notes(record) == [], "an idle machine"
+    record["models"]["pruned"]["throughput_spread_percent"] = 43.2
+    record["models"]["original"].update(throughput_batch=4)
+    record["models"]["fine_tuned"]["accuracy_percent"] = 90.19
+    record["warnings"] = ["Few channels remain in " + ", ".join(f"layer{number} 1 of 64" for number in range(20))]
+    table = comparison_table(record)
+    busy, bounded = notes(record)[1:]
+    assert busy.startswith("The machine was busy: times vary by 43% (batches) between turns.")
+    assert "throughput is in batches of 4 images, not 128" in bounded
+    assert "did not improve" in notes(record)[0] or "worse" in notes(record)[0]
+    for note in notes(record):
+        assert " ".join(table.split()).count(f"Note: {note}") == 1
+    assert max(map(len, table.splitlines())) == 100

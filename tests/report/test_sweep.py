@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from reportlab.pdfbase.pdfmetrics import stringWidth
 
 from cleanai import UserError
 from cleanai.measure.costs import count_macs, count_parameters
@@ -182,6 +183,54 @@ def test_the_answer_names_the_ratio_up_to_which_accuracy_holds(record):
     assert sweep_answer(record).endswith(
         "no criterion stays within 1 point of the original network's 80.00% accuracy, not even with 10% removed."
     )
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "expected"),
+    [
+        (0.1, "WANDA can remove 20% of the parameters and of the FLOPs and stay within 0.1 points of"),
+        (0.5, "WANDA can remove 30% of the parameters and of the FLOPs and stay within 0.5 points of"),
+        (1.4, "WANDA can remove 50% of the parameters and of the FLOPs, the highest ratio tried, and stay within 1.4"),
+        (8.0, "; L2 magnitude 30%; random choice 20%."),
+    ],
+)
+def test_the_answer_goes_by_the_tolerance(record, tolerance, expected):
+    record["tolerance_points"] = tolerance
+    assert expected in sweep_answer(record)
+    assert f"every accuracy is within {tolerance:g} points." in " ".join(sweep_text(record).split())
+
+
+def test_an_answer_of_few_images_says_how_many_decide(record):
+    record["dataset"].update(accuracy_images=90, test_images=360)
+    record["original"]["accuracy_percent"] = 100 * 89 / 90
+    for point in record["points"]:
+        lost = {"WANDA": 0, "Neuron Coverage": 2}.get(point["criterion"], 5)
+        point["accuracy_percent"] = 100 * (89 - lost) / 90
+    answer = sweep_answer(record)
+    assert "WANDA can remove 50%" in answer
+    assert answer.endswith(
+        "Few images decide this: one of the 90 test images is 1.1 points; Neuron Coverage loses 2 images at 10%, "
+        "L2 magnitude loses 5 images at 10% and random choice loses 5 images at 10%."
+    )
+    record["tolerance_points"] = 100 * 2 / 90  # as many images as Neuron Coverage loses
+    assert "Neuron Coverage and WANDA can remove 50%" in sweep_answer(record)
+
+
+def test_any_number_of_criteria_fits(record):
+    names = [f"a criterion with the number {number} and a long name" for number in range(11)]
+    record["points"] = [
+        {**point, "criterion": name} for name in names for point in record["points"] if point["criterion"] == "WANDA"
+    ]
+    printed, in_pdf = sweep_text(record), pdf_text(pdf_sweep(record))
+    assert max(map(len, printed.splitlines())) == 100
+    rows = " ".join(line for line in printed.splitlines() if line.startswith("20% "))
+    assert " ".join(rows.split()).count("79.90 (-0.10)") == 11
+    chart = sweep_chart(record)
+    for text in [shape for shape in chart.contents if getattr(shape, "text", None) in names]:
+        assert text.x >= 0 and text.x + stringWidth(text.text, text.fontName, text.fontSize) <= chart.width
+        assert text.y < chart.height
+    for name in names:
+        assert name in in_pdf
 
 
 def test_the_chosen_networks_are_those_pruned_from_this_model(record, chosen):

@@ -1,0 +1,56 @@
+"""What a reader must know beside the numbers of a pruning script: sentences, made from its record alone."""
+
+from __future__ import annotations
+
+from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
+from cleanai.report.wording import Record
+
+BUSY_PERCENT = 15  # a larger spread between the turns of a timing
+FULL_BATCH = 128
+_FEW_CALLS = 30
+
+
+def notes(record: Record) -> list[str]:
+    """The notes on a pruning script's record; an older record may lack what some of them are about."""
+    return [*_worse_after_fine_tuning(record), *_busy(record), *_bounded(record)]
+
+
+def _worse_after_fine_tuning(record: Record) -> list[str]:
+    pruned, final = record["models"]["pruned"], record["models"]["fine_tuned"]
+    if final["accuracy_percent"] >= pruned["accuracy_percent"]:
+        return []
+    count = record["dataset"]["test_images"]
+    tested = compare_paired(unpack(pruned["correct_bits"], count), unpack(final["correct_bits"], count))
+    before = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
+    if tested["p_value"] < LEVEL:
+        change, which = "made the pruned network worse", "better network"
+    else:
+        change, which = "did not improve the pruned network", "network before it"
+    return [
+        f"Fine-tuning {change}: test accuracy {pruned['accuracy_percent']:.2f}% before it, "
+        f"{final['accuracy_percent']:.2f}% after it, {verdict(tested['p_value'])}. The {which} is {before}, in the "
+        "same folder as the final one. Try a lower --lr, or other --epochs."
+    ]
+
+
+def _busy(record: Record) -> list[str]:
+    models = record["models"].values()
+    singles = [model["latency_ms"].get("spread_percent", 0) for model in models]
+    batches = [model.get("throughput_spread_percent", 0) for model in models]
+    exported = record.get("export", {}).get("latency_ms", {}).values()
+    beside = [latency.get("spread_percent", 0) for runtime in exported for latency in runtime.values()]
+    kinds = {"single images": max(singles), "batches": max(batches), "exported networks": max(beside, default=0)}
+    busy = [f"{spread:.0f}% ({kind})" for kind, spread in kinds.items() if spread > BUSY_PERCENT]
+    if not busy:
+        return []
+    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. Read the times with care."]
+
+
+def _bounded(record: Record) -> list[str]:
+    original = record["models"]["original"]
+    calls, batch = original["latency_ms"]["n"], original.get("throughput_batch", FULL_BATCH)
+    few = [f"inference times are from only {calls} calls of each network"] if calls < _FEW_CALLS else []
+    small = [f"throughput is in batches of {batch} images, not {FULL_BATCH}"] if batch < FULL_BATCH else []
+    if not few + small:
+        return []
+    return [f"To keep the timing short, {' and '.join(few + small)}. A higher --timing-seconds allows more."]
