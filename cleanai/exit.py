@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,9 +13,9 @@ from typing import Callable, NoReturn, TextIO
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.memory import is_shortage
 
 _STOPPED = "\nInterrupted. The same command, without --fresh, resumes where it stopped."
-_SHORTAGE = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program
@@ -80,7 +79,7 @@ def _explained(error: Exception) -> str | None:
     """What the user can do about an error of PyTorch, or None for a bug."""
     if "does not have a deterministic implementation" in str(error):
         return f"{str(error).split()[0]} has no deterministic form in PyTorch: leave out --deterministic"
-    if isinstance(error, MemoryError) or re.search(_SHORTAGE, str(error)):
+    if is_shortage(error):
         return "there is too little free memory: lower --batch-size and add --fresh, or use another --device"
     return None
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.network.activations import CONSUMERS
+from cleanai.runtime.memory import is_shortage
 
 # The functions of torch_pruning that remove a channel from a layer that reads it, that produces it, and that
 # processes each channel by itself.
@@ -66,9 +67,9 @@ def find_groups(network: nn.Module, example: torch.Tensor) -> tuple[tp.Dependenc
             # Evaluation mode: tracing must not move the running statistics of batch norm.
             graph = tp.DependencyGraph().build_dependency(network.eval(), example_inputs=example)
         items = list(graph.get_all_groups())
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise UserError(
             f"{type(network).__name__} cannot be pruned: torch_pruning cannot trace its channels "
             f"({type(error).__name__}: {error})"
@@ -161,7 +162,9 @@ def _is_sound(network: nn.Module, example: torch.Tensor, names: list[str]) -> bo
             for group, cut in cuts:
                 group.remove(graph, cut)
             actual = trial(example)
-        except (RuntimeError, AssertionError, IndexError, ValueError):  # the wrong channels were removed: shapes clash
-            return False
+        except (RuntimeError, AssertionError, IndexError, ValueError) as error:
+            if is_shortage(error):
+                raise
+            return False  # the wrong channels were removed: shapes clash
     difference = (actual - expected).abs().max()
     return bool(difference <= 1e-3 * (expected - before).abs().max() + 1e-9 * before.abs().max())
