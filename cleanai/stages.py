@@ -213,10 +213,11 @@ def open_run(scenario: Scenario, args: Options) -> Run:
     from cleanai.measure.provenance import checkpoint_facts
     from cleanai.runtime.compute import choose_compute
 
-    compute = choose_compute(args.device, args.precision, args.deterministic)
+    compiled = "compile" in args and args.compile
+    compute = choose_compute(args.device, args.precision, args.deterministic, compiled)
     if "timing_seconds" in args:
         compute = replace(compute, timing_s=args.timing_seconds)
-    print(compute.description)
+    print(wrapped(compute.description))
     images = load_images(args.dataset, args.data_dir)
     if "mean" in args:
         images = images.normalised_by(args.mean, args.std)
