@@ -147,7 +147,7 @@ def _ending(error, capsys):
                 "Unable to find a valid cuDNN algorithm to run convolution",
                 "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
-                "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
+                "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried",
                 "unable to mmap 44 bytes from file <ResNet18.pth>: Cannot allocate memory (12)",
             ),
         ),

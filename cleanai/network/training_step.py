@@ -31,8 +31,7 @@ class TrainingStep:
         self._network = _shared(network) if distributed.processes() > 1 else network
         # Before PyTorch 2.2 fused Adam refuses the gradients of depthwise convolutions in channels-last order.
         fused = compute.device.type == "cuda" and torch.__version__ >= (2, 2)
-        self._settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": fused}
-        self._optimizer = torch.optim.Adam(network.parameters(), **self._settings)
+        self._optimizer = torch.optim.Adam(network.parameters(), lr=0.0, weight_decay=weight_decay, fused=fused)
         self._scaler = compute.gradient_scaler()
         self._judge = _compiled(self._loss_and_accuracy) if compute.compiled else self._loss_and_accuracy
         self._explain_failures = _explained if compute.compiled else contextlib.nullcontext
@@ -44,12 +43,13 @@ class TrainingStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from such a state, which may come from another device. ValueError when it does not fit."""
         optimizer = state["optimizer"]
-        groups = [{**group, **self._settings} for group in optimizer["param_groups"]]
+        (own,) = self._optimizer.state_dict()["param_groups"]  # its settings suit the device
+        groups = [{**own, "params": group["params"]} for group in optimizer["param_groups"]]
         # PyTorch 2.0 gives the number of steps the shape (1,) on a GPU.
-        averages = {key: {**each, "step": each["step"].flatten()[0]} for key, each in optimizer["state"].items()}
+        averages = {key: {**each, "step": _scalar(each["step"])} for key, each in optimizer["state"].items()}
         self._optimizer.load_state_dict({**optimizer, "state": averages, "param_groups": groups})
         for parameter, loaded in self._optimizer.state.items():
-            if not all(value.shape in ((), parameter.shape) for value in loaded.values()):
+            if not all(value.shape == (() if name == "step" else parameter.shape) for name, value in loaded.items()):
                 raise ValueError("the optimizer's state is that of another network")
         self._scaler.load_state_dict(state["scaler"])
 
@@ -76,6 +76,10 @@ class TrainingStep:
             outputs = self._network(inputs)
             loss = F.cross_entropy(outputs, labels)
         return loss, (outputs.argmax(1) == labels).float().mean()
+
+
+def _scalar(values: torch.Tensor) -> torch.Tensor:
+    return values[0] if values.shape == (1,) else values
 
 
 def _compiled(passes: Callable[..., Any]) -> Callable[..., Any]:
