@@ -135,7 +135,7 @@ def test_processes_join_by_nccl_after_their_card_is_set(torchrun, monkeypatch):
 
 def test_without_nccl_several_cards_are_refused(torchrun):
     torchrun.nccl = False
-    with cuda_stand_in(), pytest.raises(UserError, match="NCCL.*without torchrun"):
+    with cuda_stand_in(), pytest.raises(UserError, match=r"NCCL.*without torchrun"):
         choose_compute("cuda", "auto")
     assert not torchrun.order
     torchrun.as_before_2_3()

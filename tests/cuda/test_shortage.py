@@ -1,4 +1,4 @@
-"""A shortage of memory is met by smaller batches, or ends as one; it is never taken for a fault of a file or network."""
+"""A shortage of memory is met by smaller batches, or ends as one; no file and no network is blamed for it."""
 
 from __future__ import annotations
 
