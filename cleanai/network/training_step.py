@@ -64,8 +64,8 @@ class TrainingStep:
         own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
         inputs, labels = self._images.augmented_batch(indices[own], moves[own])
         with self._compute.repeated_shapes(), self._explain_failures():
-            loss, accuracy = self._judge(inputs, labels)
             self._optimizer.zero_grad(set_to_none=True)
+            loss, accuracy = self._judge(inputs, labels)
             self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()

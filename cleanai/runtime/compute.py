@@ -128,6 +128,7 @@ def _choose_device(device: str) -> tuple[torch.device, str]:
     try:
         torch.cuda.set_device(chosen)
         torch.ones(1, device=chosen).add_(1).cpu()  # a card that is too old or too new is found by its first kernel
+        torch.backends.cudnn.version()  # raises where cuDNN is too new for the card
     except RuntimeError as error:
         if is_shortage(error):
             raise

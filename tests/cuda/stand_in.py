@@ -76,6 +76,7 @@ class StandIn(TorchFunctionMode):
         self.copies: Counter[tuple[str, str]] = Counter()
         self.autocasts: set[tuple[str, torch.dtype | None, bool]] = set()
         self.capturing, self.replays = False, 0
+        self.debug_mode = "default"  # as torch.cuda.set_sync_debug_mode sets it
         self.fail: Callable[[str, list[torch.Tensor]], None] | None = None
 
     def forget(self) -> None:
@@ -87,6 +88,8 @@ class StandIn(TorchFunctionMode):
         """Count something that makes the host wait. No graph can record it."""
         if self.capturing:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+        if self.debug_mode == "error":
+            raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
         counter[what, _project_line()] += 1
 
     def runs_kernels(self) -> bool:
@@ -286,6 +289,7 @@ def cuda_stand_in(
         "is_bf16_supported": lambda *_, **__: True,  # newer versions count emulation
         "mem_get_info": lambda device=None: (card.free_bytes, 2 * card.free_bytes),
         "synchronize": lambda device=None: card.note(card.waits, "synchronize"),
+        "set_sync_debug_mode": lambda mode: setattr(card, "debug_mode", mode),
         "empty_cache": lambda: None,
         "manual_seed_all": lambda seed: None,
         "is_current_stream_capturing": lambda: card.capturing,
@@ -300,6 +304,7 @@ def cuda_stand_in(
         if hasattr(torch, "accelerator"):
             stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: False))
         stack.enter_context(patch.object(torch, "autocast", Autocast))
+        stack.enter_context(patch.object(torch.backends.cudnn, "version", lambda: 90100))
         wrapped = staticmethod(lambda cls, data, *rest: _put(make_subclass(cls, data, *rest), device_of(data)))
         stack.enter_context(patch.object(torch.Tensor, "_make_subclass", wrapped))
         if group is not None:

@@ -78,6 +78,15 @@ def test_a_card_whose_first_kernel_fails_is_left_with_the_reason(message, expect
             choose_compute("cuda", "float32")
 
 
+def test_a_card_that_is_too_old_for_cudnn_is_left_with_the_reason(monkeypatch):
+    def version():
+        raise RuntimeError("cuDNN version 92400 is not compatible with devices with SM < 7.5")
+
+    with cuda_stand_in((7, 0)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", version)
+        assert "cuDNN version 92400" in choose_compute("auto", "float32").description
+
+
 def test_a_full_card_is_no_reason_to_take_the_cpu():
     def fail(name, tensors):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
