@@ -29,7 +29,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     _prepare_streams()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as in the background of a shell: stays so
+            # Of several processes only the first has files to leave in order. The others wait for one another in C++,
+            # where no handler runs: when one fails, torchrun's SIGTERM must end them at once.
+            waits = number == signal.SIGTERM and distributed.rank() > 0
+            if signal.getsignal(number) is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
                 signal.signal(number, _stop)
     try:
         try:
