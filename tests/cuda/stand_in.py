@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import cleanai.measure.costs  # noqa: F401  # thop
 from cleanai.runtime.scenario import PROJECT
 
+# The stand-in was tried on newer versions only.
 needs_fused_adam = pytest.mark.skipif(torch.__version__ < (2, 4), reason="no fused Adam on a CPU before PyTorch 2.4")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30

@@ -21,7 +21,7 @@ from cleanai.pruning.rows import record_rows
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.scenario import Scenario
-from tests.cuda.stand_in import cuda_stand_in
+from tests.cuda.stand_in import cuda_stand_in, needs_fused_adam
 from tests.small_network import SmallNetwork
 
 SHORTAGE = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -63,6 +63,7 @@ def measured(network, images, compute):
     }
 
 
+@needs_fused_adam
 @pytest.mark.parametrize("layer", ["conv2d", "linear", "sign"])
 @pytest.mark.parametrize(("most", "error"), [(1, NAMELESS), (13, SHORTAGE)])
 def test_smaller_batches_measure_the_same(most, layer, error, small, digits):
