@@ -7,7 +7,7 @@ DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
 DEMO_PRUNE := --epochs 2 --lr 0.0003
 
-.PHONY: help demo run test test-long test-floor test-newest lint docs clean
+.PHONY: help demo run test test-long test-floor test-newest test-gpu lint docs clean
 
 help:
 	@head -2 Makefile
@@ -56,6 +56,10 @@ test-floor test-newest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
 	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -e ".[dev]" $(VERSIONS)
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadfile
+
+# What only a GPU can show, on the first one at hand: a page in results/gpu/.
+test-gpu: .venv/installed
+	$(PY) benchmarks/gpu_check.py
 
 # Types are checked in the modules without PyTorch.
 lint: .venv/installed-dev

@@ -187,6 +187,11 @@ _COMMON: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "use deterministic algorithms on a GPU, more slowly; a CPU is always deterministic",
     },
+    "compile": {
+        "action": "store_true",
+        "help": "compile the training steps with torch.compile: faster on a GPU after a minute or more of compiling; "
+        "results differ by rounding",
+    },
     "data_dir": {"type": _folder, "default": PROJECT / "downloaded_datasets", "help": "folder of the datasets"},
     "models_dir": {
         "type": _folder,
@@ -216,6 +221,7 @@ _COMMON: dict[str, dict[str, Any]] = {
 _COME_WITH = {
     "dataset": ("checkpoints_dir",),
     "precision": ("device", "deterministic", "data_dir", "fresh"),
+    "weight_decay": ("compile",),
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds"),
     "ratios": ("tolerance",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,10 +15,10 @@ from typing import Any, Callable, NoReturn, TextIO
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
 _STOPPED = "\nInterrupted. The same command, without --fresh, resumes where it stopped."
-_SHORTAGE = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program
@@ -34,7 +33,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     _prepare_streams()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as in the background of a shell: stays so
+            # Of several processes only the first has files to leave in order. The others wait for one another in C++,
+            # where no handler runs: when one fails, torchrun's SIGTERM must end them at once.
+            waits = number == signal.SIGTERM and distributed.rank() > 0
+            if signal.getsignal(number) is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
                 signal.signal(number, _stop)
     status, message = _run(main)
     problem = _flush("stdout")
@@ -139,7 +141,7 @@ def _explained(error: Exception) -> str | None:
     """What the user can do about an error of PyTorch, or None for a bug."""
     if "does not have a deterministic implementation" in str(error):
         return f"{str(error).split()[0]} has no deterministic form in PyTorch: leave out --deterministic"
-    if isinstance(error, MemoryError) or re.search(_SHORTAGE, str(error)):
+    if is_shortage(error):
         return "there is too little free memory: lower --batch-size and add --fresh, or use another --device"
     return None
 

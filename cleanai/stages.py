@@ -263,10 +263,11 @@ def open_run(scenario: Scenario, args: Options) -> Run:
 
     if getattr(args, "weights", "none") not in ("imagenet", "none"):
         scenario.refuse_own_file(args.weights)
-    compute = choose_compute(args.device, args.precision, args.deterministic)
+    compiled = "compile" in args and args.compile
+    compute = choose_compute(args.device, args.precision, args.deterministic, compiled)
     if "timing_seconds" in args:
         compute = replace(compute, timing_s=args.timing_seconds)
-    print(compute.description)
+    print(wrapped(compute.description))
     prepared = {}
     if scenario.method:
         prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)

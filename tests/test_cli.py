@@ -12,7 +12,7 @@ from cleanai import cli, exit
 from cleanai.runtime.scenario import SCRIPTS_DIR
 from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 
-COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic"}
+COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic", "--compile"}
 OTHER_OPTIONS = {
     SCRIPTS[0]: COMMON | {"--models-dir"},
     SCRIPTS[1]: COMMON | {"--export", "--timing-seconds"},
@@ -137,9 +137,23 @@ def _ending(error, capsys):
     "error",
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
         MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        *map(
+            RuntimeError,
+            (
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+                "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+                "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+                "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+                "GET was unable to find an engine to execute this computation",
+                "Unable to find a valid cuDNN algorithm to run convolution",
+                "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+                "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: you tried",
+                "unable to mmap 44 bytes from file <ResNet18.pth>: Cannot allocate memory (12)",
+            ),
+        ),
     ],
 )
 def test_too_little_memory_says_what_to_lower(error, capsys):

@@ -1,6 +1,7 @@
 """How scripts end where their output goes somewhere unusual."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -171,6 +172,22 @@ def test_a_copied_project_does_not_run_the_package_of_another(tmp_path):
     (copy / "cleanai").mkdir()
     installed = run(script, tmp_path)
     assert "There is nothing to compare yet" in installed.stderr, "a normal installation"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_torchrun_can_end_a_process_that_waits_for_another(number, monkeypatch):
+    """No handler of Python runs while it waits; the first process has one, for its files."""
+    monkeypatch.setenv("RANK", str(number))
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    seen = []
+    try:
+        with pytest.raises(SystemExit):
+            run_script(lambda: seen.extend(signal.getsignal(each) for each in handlers))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert (seen[1] is signal.SIG_DFL) == (number > 0)
+    assert seen[0] is not signal.SIG_DFL
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):

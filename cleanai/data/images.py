@@ -1,7 +1,7 @@
 """Images as tensors: uint8 pixels and labels on the compute device, where batches are made by indexing.
 
 CIFAR-10 is 184 MB as uint8. On the device it needs no worker processes, so the same code runs on Windows, on a laptop,
-and on a GPU that would otherwise wait for its data.
+and on a GPU that would otherwise wait for its data. A dataset that is large for a GPU stays in host memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pixels (N, 3, H, W) uint8 and labels (N,) int64 on one device, with the channel means and deviations (3,).
+    """Pixels (N, 3, H, W) uint8 and labels (N,) int64, with the channel means and deviations (3,).
 
+    Means and deviations are on the device of the batches. Pixels and labels are there, too, or in host memory.
     `shift`: the largest random shift of augmentation, as a share of the height.
     `memory_format`: the order of batches in memory; convolutions are fastest with channels last.
     """
@@ -65,10 +66,10 @@ class ImageSet:
         """`count` of the images (or all), a seeded random choice that is balanced over the classes."""
         return self.select(balanced_order(self.labels, seed)[:count])
 
-    def to(self, device: torch.device) -> ImageSet:
-        """The same images on another device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("pixels", "labels", "mean", "std")}
-        return replace(self, **tensors)
+    def to(self, device: torch.device, keep_pixels: bool = False) -> ImageSet:
+        """The same images with batches on another device. With `keep_pixels`, pixels and labels stay where they are."""
+        kept = self if keep_pixels else replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+        return replace(kept, mean=self.mean.to(device), std=self.std.to(device))
 
     @property
     def reach(self) -> int:
@@ -78,7 +79,8 @@ class ImageSet:
     def batches(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield normalised inputs (B, 3, H, W) in `memory_format`, and labels (B,), in order."""
         for start in range(0, len(self), size):
-            yield self._normalised(self.pixels[start : start + size]), self.labels[start : start + size]
+            batch = replace(self, pixels=self.pixels[start : start + size], labels=self.labels[start : start + size])
+            yield batch._normalised()
 
     def batches_for(self, compute: Compute, title: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """As `batches`, in a size that suits the device, under a progress bar."""
@@ -86,9 +88,11 @@ class ImageSet:
         return progress(self.batches(size), title, "batch", total=-(-len(self) // size))
 
     def augmented_batch(self, indices: torch.Tensor, moves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised inputs and labels at `indices`, each image shifted and flipped by `moves` (see `draw_moves`)."""
-        chosen = self.select(indices).augmented(moves)
-        return chosen._normalised(chosen.pixels), chosen.labels
+        """Normalised inputs and labels at `indices`, each image shifted and flipped by `moves` (see `draw_moves`).
+
+        It does not wait for a GPU when `indices` are where the pixels are, and `moves` where the batches are.
+        """
+        return self.select(indices)._moved().augmented(moves)._normalised()
 
     def augmented(self, moves: torch.Tensor) -> ImageSet:
         """The same images, each shifted and flipped by `moves` (see `draw_moves`), with black borders.
@@ -96,7 +100,7 @@ class ImageSet:
         Does what torchvision's RandomCrop does, for the whole batch at once, on the images' device.
         """
         device, (height, width) = self.pixels.device, self.pixels.shape[-2:]
-        down, right, flipped = moves.unsqueeze(-1).unbind(1)  # (N, 1) each
+        down, right, flipped = moves.to(device).unsqueeze(-1).unbind(1)  # (N, 1) each
         rows = torch.arange(height, device=device) + down  # (N, H)
         columns = torch.arange(width, device=device)
         columns = torch.where(flipped > 0, width - 1 - columns, columns) + right  # (N, W)
@@ -114,12 +118,21 @@ class ImageSet:
         """
         shifts = torch.randint(0, 2 * self.reach + 1, (count, 2), generator=generator)
         flips = torch.randint(0, 2, (count, 1), generator=generator) if mirror else torch.zeros(count, 1).long()
-        return torch.cat([shifts, flips], 1).to(self.pixels.device)
+        return torch.cat([shifts, flips], 1).to(self.mean.device)
 
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        inputs = pixels.to(torch.float32, copy=True).div_(255)
+    def _moved(self) -> ImageSet:
+        """The same with pixels and labels on the device of the batches. From pinned memory that needs no waiting."""
+        device = self.mean.device
+        if self.pixels.device == device:
+            return self
+        pinned = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.pixels, self.labels))
+        return replace(self, **dict(zip(("pixels", "labels"), pinned)))
+
+    def _normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        moved = self._moved()
+        inputs = moved.pixels.to(torch.float32, copy=True).div_(255)
         inputs = inputs.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
-        return inputs.contiguous(memory_format=self.memory_format)
+        return inputs.contiguous(memory_format=self.memory_format), moved.labels
 
 
 @dataclass(frozen=True)
@@ -133,8 +146,13 @@ class Images:
     source: str
 
     def to(self, device: torch.device) -> Images:
-        """The same images on another device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        """The same images with batches on another device.
+
+        Pixels that would take more than a third of a GPU's free memory stay in host memory; their batches are moved.
+        """
+        size = self.train.pixels.numel() + self.test.pixels.numel()  # bytes
+        large = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 3
+        return replace(self, train=self.train.to(device, large), test=self.test.to(device, large))
 
     def normalised_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Images:
         """The same, normalised by other channel means and deviations, of pixels between 0 and 1. None keeps them."""

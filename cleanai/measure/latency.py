@@ -13,6 +13,7 @@ from torch import nn
 
 from cleanai.data.images import ImageSet
 from cleanai.runtime.compute import Compute
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import progress, say
 
 LATENCY_TURNS = 30
@@ -37,14 +38,15 @@ def time_networks(
     images: ImageSet,
     compute: Compute,
     dtype: torch.dtype = torch.float32,
-    cuda_graphs: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Latency of one image and throughput of batches, in evaluation and inference mode, per network.
 
     The networks' weights and inputs are of `dtype`. `latency_ms` is of `distribution_ms`; `latency_quantiles_ms` holds
     the percentiles p2, p4, ... p98, to draw them; `throughput_images_per_s` is images over seconds, in batches of
-    `throughput_batch` images, with `throughput_spread_percent`. With `cuda_graphs` `latency_cuda_graph_ms` is as
-    `latency_ms`, measured inside a CUDA graph.
+    `throughput_batch` images, with `throughput_spread_percent`.
+
+    On a GPU the time of one image is that of a CUDA graph: otherwise it is the time that Python takes to start kernels,
+    which pruning does not change. `latency_by` says so, or that a network cannot be recorded as a graph.
     """
     single = next(images.batches(1))[0].to(dtype)
     networks = {name: network.eval() for name, network in networks.items()}
@@ -52,8 +54,11 @@ def time_networks(
     def calls(inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
         return {name: lambda network=network: network(inputs) for name, network in networks.items()}
 
-    with torch.inference_mode():
-        singles = time_in_turns(calls(single), LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images")
+    with torch.inference_mode(), compute.repeated_shapes():
+        passes, latency_by = calls(single), {}
+        if compute.device.type == "cuda":
+            passes, latency_by["latency_by"] = _graphs(passes)
+        singles = time_in_turns(passes, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images")
         size = _batch_size([statistics.median(times.seconds) for times in singles.values()], compute)
         batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
         batches = time_in_turns(calls(batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
@@ -64,14 +69,10 @@ def time_networks(
                 "throughput_images_per_s": size / statistics.mean(batches[name].seconds),
                 "throughput_batch": size,
                 "throughput_spread_percent": batches[name].spread_percent,
+                **latency_by,
             }
             for name in networks
         }
-        if cuda_graphs:
-            replays = {name: _recorded(network, single) for name, network in networks.items()}
-            graphs = time_in_turns(replays, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing CUDA graphs")
-            for name in networks:
-                timed[name]["latency_cuda_graph_ms"] = distribution_ms(graphs[name])
     return timed
 
 
@@ -158,15 +159,25 @@ def _seconds(call: Callable[[], Any], compute: Compute) -> float:
     return time.perf_counter() - started
 
 
-def _recorded(network: nn.Module, inputs: torch.Tensor) -> Callable[[], None]:
-    """A CUDA graph of the network's work on these inputs."""
+def _graphs(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], str]:
+    """The replays of CUDA graphs of these calls, and how they run; the calls themselves when one cannot be recorded."""
+    try:
+        return {name: _recorded(call) for name, call in calls.items()}, "as a CUDA graph"
+    except RuntimeError as error:  # a network that reads values from the device in its forward pass
+        if is_shortage(error):
+            raise
+        return calls, "without a CUDA graph, which cannot be made of it"
+
+
+def _recorded(call: Callable[[], Any]) -> Callable[[], None]:
+    """A CUDA graph of what `call` does."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # algorithms are chosen and memory is taken before the recording
-            network(inputs)
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        network(inputs)
+        call()
     return graph.replay

@@ -25,6 +25,7 @@ def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, confi
         how = ", deterministic" if compute.deterministic else ""
     else:  # another number of threads sums in another order
         how = f", CPU threads: {torch.get_num_threads()}"
+    how += ", compiled" if compute.compiled else ""
     conditions = f"{compute.precision}{how}, {len(images.train):,} + {len(images.test):,} images from {images.source}"
     return {
         "model": scenario.model,
@@ -64,11 +65,13 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "precision": compute.precision,
         "deterministic": compute.deterministic,
+        "compiled": compute.compiled,
         "processes": distributed.processes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cleanai": cleanai.__version__,
         **{package: version(package) for package in PACKAGES},
+        **({"cudnn": torch.backends.cudnn.version()} if compute.device.type == "cuda" else {}),
     }
 
 

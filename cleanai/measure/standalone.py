@@ -23,6 +23,7 @@ from cleanai.network.models import load_network
 from cleanai.network.trial import copied, try_outputs
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.files import replacing
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.packages import require_torch_export
 from cleanai.runtime.scenario import Scenario
 
@@ -169,7 +170,7 @@ def exporting(network: nn.Module, exporter: str) -> Iterator[None]:
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        if "allocate memory" in str(error):
+        if is_shortage(error):
             raise
         raise UserError(
             f"{type(network).__name__} cannot be exported by {exporter} of PyTorch {torch.__version__}: "

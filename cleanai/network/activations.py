@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -11,6 +13,7 @@ from torch import nn
 from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.runtime.compute import Compute
+from cleanai.runtime.memory import is_shortage
 
 CONSUMERS = (nn.modules.conv._ConvNd, nn.Linear)
 # The recorded means. PyTorch sums signs five times as fast as truth values.
@@ -87,11 +90,38 @@ def observe(
 
     With `output` it is also called with the network and its output. Values are float32 in any precision, and so is
     the arithmetic in the callback. The network runs in evaluation mode and keeps its mode and hooks.
+
+    A batch for which memory is too short is halved, as often as needed. No call is repeated, so the callback may add
+    up; one that raises must not have changed anything yet.
     """
+    most = math.inf  # images that pass at once
+    calls: Counter[nn.Module] = Counter()  # in this pass
+    done: Counter[nn.Module] = Counter()  # with these images, also in a pass that ran out of memory
 
     def call(module: nn.Module, values: torch.Tensor) -> None:
-        with torch.autocast(values.device.type, enabled=False):
-            callback(module, values.float())
+        calls[module] += 1
+        if calls[module] > done[module]:
+            with torch.autocast(values.device.type, enabled=False):
+                callback(module, values.float())
+            done[module] += 1
+
+    def run(inputs: torch.Tensor, done_before: Counter[nn.Module]) -> None:
+        nonlocal most
+        if len(inputs) <= most:
+            calls.clear()
+            done.clear()
+            done.update(done_before)
+            try:
+                with compute.autocast():
+                    network(inputs)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if len(inputs) == 1 or not is_shortage(error):
+                    raise
+            most, done_before = (len(inputs) + 1) // 2, done.copy()
+            torch.cuda.empty_cache()  # nothing is left of the failed pass, as its error is gone
+        for half in inputs.chunk(2):
+            run(half, done_before)
 
     was_training = network.training
     network.eval()
@@ -101,8 +131,7 @@ def observe(
     try:
         with torch.inference_mode():
             for inputs, _ in images.batches_for(compute, title):
-                with compute.autocast():
-                    network(inputs)
+                run(inputs, Counter())
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cleanai.data.images import ImageSet
+from cleanai.network.activations import observe
 from cleanai.runtime.compute import Compute
 
 
@@ -30,16 +31,17 @@ class Evaluation:
 
 def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:
     """Accuracy and mean cross-entropy of a network on all images. The network keeps its mode."""
-    was_training = network.training
-    network.eval()
-    correct, loss = [], torch.zeros((), device=images.labels.device, dtype=torch.float64)
-    with torch.inference_mode():
-        for inputs, labels in images.batches_for(compute, title):
-            with compute.autocast():
-                outputs = network(inputs)
-            loss += F.cross_entropy(outputs.float(), labels, reduction="sum")
-            correct.append(outputs.argmax(1) == labels)
-    network.train(was_training)
+    all_labels, correct = images.labels.to(compute.device), []
+    loss = torch.zeros((), device=compute.device, dtype=torch.float64)
+
+    def judge(_: nn.Module, outputs: torch.Tensor) -> None:
+        start = sum(map(len, correct))
+        labels = all_labels[start : start + len(outputs)]
+        right = outputs.argmax(1) == labels
+        loss.add_(F.cross_entropy(outputs, labels, reduction="sum"))
+        correct.append(right)
+
+    observe(network, (), judge, images, compute, title, output=True)
     flags = torch.cat(correct).cpu()
     accuracy_percent = 100 * int(flags.sum()) / len(images)
     return Evaluation(accuracy_percent, loss.item() / len(images), flags)

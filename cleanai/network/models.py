@@ -17,6 +17,7 @@ from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.scenario import network_source
 
 
@@ -141,9 +142,9 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     try:
         with torch.inference_mode():  # finds layers whose shapes do not fit each other
             outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]).to(weight.dtype))
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise UserError(f"{path} does not hold a {model} that works: {one_line(error)}") from error
     if outputs.shape != (1, classes):
         raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {tuple(outputs.shape)}")

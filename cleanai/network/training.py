@@ -136,7 +136,7 @@ def _require_even_shares(images: Images, batch_size: int) -> None:
 def _print_estimate(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings, epochs: int) -> None:
     """Print how long the epochs will take, from a few steps of a copy of the network."""
     step = TrainingStep(copy.deepcopy(network).train(), images.train, compute)
-    batch = torch.arange(min(settings.batch_size, len(images.train)), device=compute.device)
+    batch = torch.arange(min(settings.batch_size, len(images.train)), device=images.train.pixels.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
     for number in range(6):
         if number == 4:  # the first steps choose algorithms and allocate memory
@@ -167,8 +167,8 @@ def _train_epoch(
     torch.manual_seed(seed * 1_009 + distributed.rank())  # for dropout and stochastic depth
     generator = torch.Generator().manual_seed(seed)  # the same in all processes
     count = len(images.train)
-    # All random numbers go to the device at once.
-    order = torch.randperm(count, generator=generator).to(compute.device)
+    # All random numbers go to the device at once, and the order to where the images are.
+    order = torch.randperm(count, generator=generator).to(images.train.pixels.device)
     moves = images.train.draw_moves(count, images.mirror, generator)
     # All batches have one size. The rest, other images in every epoch, is left out.
     steps = max(1, count // settings.batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from cleanai import UserError
 from cleanai.data.images import Images
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
+from cleanai.runtime.memory import is_shortage
 
 # Pixels, tried when pictures do not fit.
 _SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
@@ -24,7 +24,7 @@ def copied(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except Exception as error:  # of the user's objects: anything
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+        if is_shortage(error):
             raise
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(f"{type(network).__name__} cannot be copied ({reason})") from error
@@ -35,9 +35,9 @@ def try_run(network: nn.Module, inputs: torch.Tensor, name: str) -> Any:
     try:
         with torch.inference_mode():
             return network(inputs)
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # a network of the user's can raise anything
+        if is_shortage(error):
+            raise
         size = " x ".join(map(str, inputs.shape[1:]))
         raise UserError(
             f"{type(network).__name__} does not take {name} of {size} ({one_line(error)[:200]}): "
@@ -104,7 +104,7 @@ def _fault(network: nn.Module, inputs: torch.Tensor, classes: int) -> tuple[str,
     try:
         outputs = network(inputs)
     except Exception as error:  # the network may be anybody's
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        if is_shortage(error):
             raise
         layer = dict(network.named_modules())[running[-1]]
         wanted, given = getattr(layer, "in_channels", None), inputs.shape[1]

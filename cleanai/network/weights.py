@@ -13,6 +13,7 @@ from cleanai import UserError
 from cleanai.network.models import download_imagenet_weights, imagenet_url
 from cleanai.runtime.checkpoints import load_plain_data, verified_size
 from cleanai.runtime.files import one_line
+from cleanai.runtime.memory import is_shortage
 
 _WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
@@ -57,9 +58,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are not
                 verified_size(path)
             content = load_plain_data(path)
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception as error:  # a pickle can make torch.load raise anything
+        if is_shortage(error):
+            raise
         raise UserError(
             f"{path} cannot be read as weights ({one_line(error)[:200]}). Save them with "
             "torch.save(network.state_dict(), FILE), or as .safetensors"

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from cleanai import UserError
 from cleanai.network.trial import copied
 from cleanai.pruning.tracing import LIMIT_S, all_groups, prepared, refused, run_network, tensors_in, trace
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
 # The functions of torch_pruning that remove a channel from a layer that reads it, that produces it, and that
@@ -235,9 +236,10 @@ class _Trials:
             for group, cut in cuts:
                 group.remove(graph, cut)
             actual = self._outputs(trial)
-        except (UserError, RuntimeError, AssertionError, LookupError, ValueError):
-            # The wrong channels were removed: shapes clash.
-            return False
+        except (UserError, RuntimeError, AssertionError, LookupError, ValueError) as error:
+            if is_shortage(error):
+                raise
+            return False  # the wrong channels were removed: shapes clash
         rounding = 1e-9 if self._double else 1e-3
         return all(
             now.shape == then.shape

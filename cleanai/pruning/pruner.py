@@ -25,6 +25,7 @@ from cleanai.pruning.widths import LEAST_KEPT, Budget, Costs, allowed_cuts, choo
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
 
@@ -262,7 +263,7 @@ class _Pruning:
         try:
             recalibrate(copied(self.network), few, self.compute, count, "Trying the repair")
         except (RuntimeError, ValueError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
+            if is_shortage(error):
                 raise
             raise refused(
                 self.network,

@@ -31,10 +31,11 @@ def record_rows(
     outputs: dict[nn.Module, list[torch.Tensor]] = {}
 
     def record(layer: nn.Module, values: torch.Tensor) -> None:
-        inputs[layer].append(channel_rows(layer, values, len(images), spreads[layer]))
+        rows = channel_rows(layer, values, len(images), spreads[layer])
         windows = window_rows(layer, values, len(images))
         if windows is not None:
             outputs.setdefault(layer, []).append(convolved(layer, windows))
+        inputs[layer].append(rows)
 
     observe(network, inputs, record, images, compute, title)
     input_rows, output_rows = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import time
 import warnings
 from typing import Any, Iterator, Mapping
@@ -17,13 +16,13 @@ from torch.nn.parameter import is_lazy
 from cleanai import UserError
 from cleanai.network.activations import CONSUMERS, not_finite
 from cleanai.runtime.files import one_line
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import progress
 
 LIMIT_S = 600.0  # of the search for groups of channels; ResNet-18 takes a second
 # Layers whose weight and bias, where they have one, are parameters.
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _ROUNDS = 3
-_SHORTAGE = re.compile("out of memory|allocate memory|enough memory")
 
 
 def refused(network: nn.Module, reason: str) -> UserError:
@@ -127,7 +126,7 @@ def run_network(network: nn.Module, example: torch.Tensor) -> Any:
     try:
         return network(example)
     except Exception as error:  # of the user's code: anything
-        if isinstance(error, (UserError, MemoryError)) or _SHORTAGE.search(str(error)):
+        if isinstance(error, UserError) or is_shortage(error):
             raise
         shape = " x ".join(map(str, example.shape))
         raise refused(
@@ -166,9 +165,9 @@ def trace(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
         graph = tp.DependencyGraph()
         try:
             graph.build_dependency(network, example.clone(), forward_fn=forward, verbose=False)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_shortage(error):
+                raise
             raise refused(
                 network, f"torch_pruning cannot trace its channels ({type(error).__name__}: {one_line(error)})"
             ) from error

@@ -26,6 +26,7 @@ from cleanai.report.wording import (
     repair_stages,
     requested_shares,
     speedup,
+    timing_lines,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
@@ -48,7 +49,7 @@ def pdf_report(record: Record) -> bytes:
         text(_what_was_done(record)),
         *(warning(content) for content in record["warnings"]),
         *section("Summary", *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
-        *section("Result", _comparison(record), Spacer(1, 6), pairs(summary_rows(record), numbers=True)),
+        *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
         *section("Test coverage", *_coverage(record)),
@@ -109,6 +110,10 @@ def _significance(tested: Record) -> str:
 def _comparison(record: Record) -> Table:
     rows = [["Metric", *STAGES.values()], *([label, *values] for label, values in comparison_rows(record))]
     return table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
+
+
+def _timing(record: Record) -> list[Any]:
+    return [*map(text, timing_lines(record)), Spacer(1, 6)]
 
 
 def _epochs_note(record: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cleanai.report.notes import FULL_BATCH, notes
-from cleanai.report.wording import STAGES, WIDTH, Record, in_unit, method_title, speedup, wrapped
+from cleanai.report.wording import STAGES, WIDTH, Record, in_unit, method_title, speedup, timing_lines, wrapped
 
 RUNTIMES = {"onnx_runtime": "ONNX Runtime, CPU", "pytorch": "PyTorch, CPU, beside it"}
 
@@ -84,6 +84,7 @@ def comparison_table(record: Record) -> str:
             "-" * WIDTH,
             *(f"{label:<34}{values[0]:>10}{values[1]:>23}{values[2]:>23}" for label, values in comparison_rows(record)),
             "-" * WIDTH,
+            *map(wrapped, timing_lines(record)),
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),

@@ -72,6 +72,12 @@ def exported_as(export: Record) -> str:
     )
 
 
+def timing_lines(record: Record) -> list[str]:
+    """How the times of networks were taken on a GPU: a sentence, or none."""
+    how = record["models"]["original"].get("latency_by")
+    return [f"Inference time: one image, {how}. Throughput: batches of 128, without a graph."] if how else []
+
+
 def requested_shares(config: Record) -> str:
     """The shares that were to be removed."""
     parameters, macs = config["ratio"], config["macs_ratio"]

@@ -17,6 +17,7 @@ from typing import Any
 from cleanai import UserError
 from cleanai.runtime import distributed
 from cleanai.runtime.files import write_bytes, writing
+from cleanai.runtime.memory import is_shortage
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -63,10 +64,10 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     try:
         archive_bytes = verified_size(path)
         content = load_plain_data(path)
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception as error:  # a pickle can make torch.load raise anything
-        if "allocate memory" in str(error):  # for no more than the file holds: the file is not at fault
+        if is_shortage(error):  # for no more than the file holds: the file is not at fault
             raise
         raise damaged from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:

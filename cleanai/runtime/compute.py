@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import nn
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.files import one_line
+from cleanai.runtime.memory import is_shortage
 
 _LOW_PRECISION = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,6 +26,8 @@ class Compute:
     """A device, the precision that networks run in on it, and the reason for that precision.
 
     `deterministic`: every run computes the same, as a CPU always does.
+    `compiled`: training steps are compiled by torch.compile, which rounds otherwise.
+    `unused_gpu`: why a GPU that is there is not used.
     `inference_pixels`: how many pixels pass a network at once where the batch size does not change the result.
     `timing_s`: about how many seconds each timing of networks may take.
     `memory_format`: the order of weights in memory; convolutions are fastest with channels last.
@@ -32,14 +37,30 @@ class Compute:
     precision: str
     reason: str
     deterministic: bool = False
+    compiled: bool = False
+    unused_gpu: str = ""
     inference_pixels: int = 32 * 32**2  # a hook's values of so few are still in the cache
     timing_s: float = 20.0
     memory_format: torch.memory_format = torch.channels_last
 
     def autocast(self) -> torch.autocast:
         """A context in which networks run in the chosen precision; weights and sums stay float32."""
-        dtype = _LOW_PRECISION.get(self.precision, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision in _LOW_PRECISION)
+        # PyTorch 2.0 refuses bfloat16 on older GPUs even where it is not enabled.
+        dtype = _LOW_PRECISION.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @contextlib.contextmanager
+    def repeated_shapes(self) -> Iterator[None]:
+        """A context in which batches keep their shape, so that cuDNN searches its fastest algorithm once for each.
+
+        The choice differs from run to run. Where shapes change, the search takes longer than it saves.
+        """
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self.device.type == "cuda" and not self.deterministic
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def gradient_scaler(self) -> Any:
         """Keeps small gradients from becoming zero in float16; does nothing in other precisions."""
@@ -60,7 +81,8 @@ class Compute:
     @property
     def description(self) -> str:
         """One line on the device and the precision."""
-        return f"Device: {self.device.type} ({self.device_name}), precision: {self.precision} ({self.reason})"
+        unused = f"; {self.unused_gpu}" if self.unused_gpu else ""
+        return f"Device: {self.device.type} ({self.device_name}), precision: {self.precision} ({self.reason}){unused}"
 
     @property
     def device_name(self) -> str:
@@ -68,34 +90,66 @@ class Compute:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor_name()
 
 
-def choose_compute(device: str, precision: str, deterministic: bool = False) -> Compute:
+def choose_compute(device: str, precision: str, deterministic: bool = False, compiled: bool = False) -> Compute:
     """Choose by `device` (auto, cpu, cuda) and `precision` (auto, float32, bfloat16, float16); join other processes.
 
-    With `deterministic` PyTorch uses deterministic algorithms on a GPU, in the whole program.
-    Raises UserError when the device or the precision asked for is not available.
+    With `deterministic` PyTorch uses deterministic algorithms on a GPU, in the whole program. With `compiled` training
+    steps are compiled. Raises UserError when what is asked for is not available.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA device: use --device cpu, or install PyTorch's CUDA build")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if compiled and torch.__version__ < (2, 1):
+        raise UserError("--compile needs PyTorch 2.1 or newer: leave it out")
+    if compiled and distributed.processes() > 1:
+        raise UserError("--compile is for one process: leave it out, or start the script without torchrun")
+    chosen, unused_gpu = _choose_device(device)
+    on_gpu = chosen.type == "cuda"
     if precision == "float16" and not on_gpu:
         raise UserError("float16 is for GPUs: use --precision auto, bfloat16 or float32")
-    if precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+    # Newer versions of PyTorch count as support that older GPUs emulate bfloat16, which is slow.
+    if precision == "bfloat16" and on_gpu and torch.cuda.get_device_capability(chosen) < (8, 0):
         raise UserError("This GPU has no bfloat16: use --precision auto, float16 or float32")
-    gpus = torch.cuda.device_count() if on_gpu else 0
-    if on_gpu and distributed.local_processes() > gpus:
-        raise UserError(f"PyTorch finds {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
-    chosen = torch.device("cuda", distributed.local_rank()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(chosen)
-        # Batches keep their size, so the fastest algorithm is searched once. The choice differs from run to run.
-        torch.backends.cudnn.benchmark = not deterministic
-        if deterministic:
-            _use_deterministic_algorithms()
+    if on_gpu and deterministic:
+        _use_deterministic_algorithms()
     suited, reason = _suited_precision(chosen)
     if precision != "auto":
         suited, reason = precision, "as requested"
     distributed.join(chosen)
-    return Compute(chosen, suited, reason, deterministic or not on_gpu, (1000 if on_gpu else 32) * 32**2)
+    pixels = (1000 if on_gpu else 32) * 32**2
+    return Compute(chosen, suited, reason, deterministic or not on_gpu, compiled, unused_gpu, pixels)
+
+
+def _choose_device(device: str) -> tuple[torch.device, str]:
+    """The device of this process, and why a GPU that is there is not used. UserError when it cannot be used."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu"), ""
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA device: use --device cpu, or install PyTorch's CUDA build")
+    gpus = torch.cuda.device_count()
+    if distributed.local_processes() > gpus:
+        raise UserError(f"PyTorch finds {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
+    chosen = torch.device("cuda", distributed.local_rank())
+    try:
+        torch.cuda.set_device(chosen)
+        torch.ones(1, device=chosen).add_(1).cpu()  # a card that is too old or too new is found by its first kernel
+        torch.backends.cudnn.version()  # raises where cuDNN is too new for the card
+    except RuntimeError as error:
+        if is_shortage(error):
+            raise
+        reason = _unusable(chosen, error)
+        if device == "cuda" or distributed.processes() > 1:  # several processes must not choose differently
+            raise UserError(f"{reason}. Use --device cpu, or install the PyTorch for this GPU") from error
+        return torch.device("cpu"), reason
+    return chosen, ""
+
+
+def _unusable(device: torch.device, error: RuntimeError) -> str:
+    """Why a GPU cannot be used, whose first kernel failed with `error`."""
+    if "no kernel image" not in str(error):
+        return f"the GPU cannot be used: {one_line(error).split(' CUDA kernel errors might')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"the GPU, a {torch.cuda.get_device_name(device)} of compute capability {major}.{minor}, cannot be used: this "
+        f"PyTorch is made for {' '.join(torch.cuda.get_arch_list())}"
+    )
 
 
 def _use_deterministic_algorithms() -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Iterator
+
+from cleanai import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +43,18 @@ def local_processes() -> int:
 
 
 def join(device: torch.device) -> None:
-    """Join the other processes, if there are any, once."""
+    """Join the other processes, if there are any, once. UserError when PyTorch cannot join those of several GPUs."""
     if processes() > 1 and not _alone and not _dist().is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        on_gpu = device.type == "cuda"
+        if on_gpu and not _dist().is_nccl_available():
+            raise UserError(
+                "Several GPUs need NCCL, which PyTorch has on Linux only: start the script without torchrun, or with "
+                "--device cpu"
+            )
+        takes_device = "device_id" in inspect.signature(_dist().init_process_group).parameters  # PyTorch 2.3
+        own_gpu = {"device_id": device} if on_gpu and takes_device else {}
         # The others wait while the first one downloads, which may take hours.
-        _dist().init_process_group(backend, timeout=datetime.timedelta(days=1))
+        _dist().init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1), **own_gpu)
 
 
 def end_all_but_first() -> None:
@@ -60,12 +70,19 @@ def end_all_but_first() -> None:
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """A context that the first process completes before the others enter it: they find what it wrote."""
-    if _together() and rank() > 0:
-        _dist().barrier()
-    yield
-    if _together() and rank() == 0:
-        _dist().barrier()
+    """A context that the first process completes before the others enter it: they find what it wrote.
+
+    When the first one fails in it, the others end.
+    """
+    if rank() > 0 and not agreed(True):
+        sys.exit(1)  # the first one says why
+    completed = False
+    try:
+        yield
+        completed = True
+    finally:
+        if rank() == 0:
+            agreed(completed)
 
 
 def agreed(value: Any) -> Any:

@@ -1,9 +1,10 @@
 """The printed tables, against the user's specification."""
 
 from cleanai.report.notes import notes
+from cleanai.report.run_pdf import pdf_report
 from cleanai.report.run_text import comparison_rows, comparison_table, preparation_table, summary_rows
 from cleanai.report.wording import origin_lines, repair_stages, requested_shares
-from tests.helpers import EXPORT, preparation_record, run_record
+from tests.helpers import EXPORT, pdf_text, preparation_record, run_record
 
 # As the user specified them, less the ~ before the expected values.
 PREPARATION_TABLE = """\
@@ -53,6 +54,16 @@ def test_comparison_table_is_the_specified_one():
 def test_warnings_stand_under_the_table():
     table = comparison_table({**run_record(), "warnings": ["The pruned network is at chance level", "Second"]})
     assert table == COMPARISON_TABLE + "\n\n!!! WARNING: The pruned network is at chance level\n\n!!! WARNING: Second"
+
+
+def test_times_of_a_gpu_say_how_they_were_taken():
+    record = run_record()
+    for model in record["models"].values():
+        model["latency_by"] = "as a CUDA graph"
+    before, after = COMPARISON_TABLE.split("\n\nSummary")
+    line = "Inference time: one image, as a CUDA graph. Throughput: batches of 128, without a graph."
+    assert comparison_table(record) == f"{before}\n{line}\n\nSummary{after}"
+    assert line in " ".join(pdf_text(pdf_report(record)).split())
 
 
 def test_wanda_has_its_own_title():
