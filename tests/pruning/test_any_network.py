@@ -1,4 +1,4 @@
-"""Whatever network people bring: it is pruned and stays what it was, or refused in one line before anything is changed."""
+"""Whatever network people bring: it is pruned and stays what it was, or is refused before anything is changed."""
 
 import copy
 import re
@@ -133,7 +133,9 @@ PRUNED = {
     "an LSTM": lambda: Net(middle=nn.Sequential(nn.AvgPool2d(4), Rows(nn.LSTM(24, 24, batch_first=True)))),
     "a layer used twice": lambda: Own(lambda net, x: net.head(net.c(net.b(net.b(net.a(x)))).mean((2, 3)))),
     "folded batches": lambda: Net(
-        middle=Rows(nn.Sequential(nn.Flatten(0, 1), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24), nn.Unflatten(0, (-1, 64))))
+        middle=Rows(
+            nn.Sequential(nn.Flatten(0, 1), nn.Linear(24, 48), nn.Linear(48, 24), nn.Unflatten(0, (-1, 64)))
+        )
     ),
     "a scale and a class token": lambda: Own(
         lambda net, x: net.head(net.c(net.b(net.a(x) * net.scale)).flatten(2).add(net.token).mean(2)),
@@ -205,7 +207,8 @@ def _silenced(original, cut):
             kept = [next(i for i, row in enumerate(values) if set(x.tolist()) <= row) for x in after]
             mask = torch.zeros(len(before)).index_fill(0, torch.tensor(kept), 1)
             shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (layer.weight.ndim - 2))
-            layer.register_forward_pre_hook(lambda _, args, mask=mask.reshape(shape): args[0] * mask.to(args[0]))
+            mask = mask.reshape(shape)
+            layer.register_forward_pre_hook(lambda _, args, mask=mask: args[0] * mask.to(args[0]))
     return original
 
 
@@ -259,7 +262,7 @@ def test_batch_norm_that_cannot_be_recalibrated_is_found_before_any_change(compu
     network = nn.Sequential(nn.Conv2d(3, 24, 8), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 10, 1), nn.Flatten())
     network[1].running_mean.fill_(3)
     one = PruneImages(random_images(4), random_images(1))
-    with pytest.raises(UserError, match="on 1 images at a time .* use more images for the repair"):
+    with pytest.raises(UserError, match=r"on 1 images at a time .* use more images for the repair"):
         prune_to_budget(network, WandaImportance(), one, compute, PruneSettings(0.2, None, 1, [1]))
     assert (network[1].running_mean == 3).all()
     with pytest.raises(UserError, match="at least one image"):
