@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Whatever network people bring: it is pruned and stays what it was, or refused before anything is changed."""
-=======
 """Whatever network people bring: it is pruned and stays what it was, or is refused before anything is changed."""
->>>>>>> h-net
 
 import copy
 import re
@@ -138,13 +134,7 @@ PRUNED = {
     "a layer used twice": lambda: Own(lambda net, x: net.head(net.c(net.b(net.b(net.a(x)))).mean((2, 3)))),
     "folded batches": lambda: Net(
         middle=Rows(
-<<<<<<< HEAD
-            nn.Sequential(
-                nn.Flatten(0, 1), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24), nn.Unflatten(0, (-1, 64))
-            )
-=======
             nn.Sequential(nn.Flatten(0, 1), nn.Linear(24, 48), nn.Linear(48, 24), nn.Unflatten(0, (-1, 64)))
->>>>>>> h-net
         )
     ),
     "a scale and a class token": lambda: Own(
