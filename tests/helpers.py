@@ -318,9 +318,11 @@ def _model(costs, correct, correct_heldout, latency_ms, images_per_s):
         "size_mib": size_mib,
         "parameters": parameters,
         "macs": macs,
-        "latency_ms": {**dict.fromkeys(("mean", "p50", "p90", "p99"), latency_ms), "n": 200},
+        "latency_ms": {**dict.fromkeys(("mean", "p50", "p90", "p99"), latency_ms), "n": 200, "spread_percent": 3.0},
         "latency_quantiles_ms": [latency_ms + number / 50 for number in range(49)],
         "throughput_images_per_s": images_per_s,
+        "throughput_batch": 128,
+        "throughput_spread_percent": 4.0,
     }
 
 
