@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -41,28 +43,57 @@ def pair(monkeypatch):
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network, **_: network)
 
 
+@pytest.fixture
+def threads(pair, monkeypatch):
+    """Two threads as two processes, each with its own images: a function that runs another in both."""
+    barrier, held = threading.Barrier(2, timeout=60), {}
+
+    def add(values):
+        held[threading.get_ident()] = values.clone()
+        barrier.wait()
+        total = sum(held.values())
+        barrier.wait()
+        return values.copy_(total)
+
+    def run(function, *arguments):
+        held.clear()
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(function, *arguments))
+
+    monkeypatch.setattr(distributed, "sum_over_processes", add)
+    return run
+
+
 @pytest.mark.parametrize("name", NORMS)
-def test_batch_norm_is_over_the_images_of_all_processes(name, pair):
+def test_batch_norm_is_over_the_images_of_all_processes(name, threads):
     torch.manual_seed(0)
     whole = NORMS[name]().train()
     if whole.affine:
         nn.init.normal_(whole.weight)
         nn.init.normal_(whole.bias)
-    shared = copy.deepcopy(whole)
-    (twin,) = training_step._shared(nn.Sequential(shared))
-    half = torch.randn(SHAPES.get(name, (8, 6, 3, 3))) + 1
-    ours, theirs = half.clone().requires_grad_(), half.repeat(2, *[1] * (half.ndim - 1)).requires_grad_()
-    for _ in range(2):
-        out, expected = twin(ours), whole(theirs)
-        torch.testing.assert_close(out, expected[:8])
-        (out**3).sum().backward()
-        (expected**3).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad[:8], rtol=1e-4, atol=1e-4)
+    norms = [copy.deepcopy(whole) for _ in range(2)]
+    twins = [training_step._shared(nn.Sequential(norm))[0] for norm in norms]
+    inputs = torch.randn(SHAPES.get(name, (8, 6, 3, 3)))
+    inputs[4:] += 3  # the second process has other images
+    halves = [half.clone().requires_grad_() for half in inputs.chunk(2)]
+    inputs.requires_grad_()
+
+    def train(twin, half):
+        outputs = [twin(half) for _ in range(2)]
+        (outputs[0] ** 3 + outputs[1]).sum().backward()
+        return outputs[1]
+
+    expected, found = train(whole, inputs), threads(train, twins, halves)
+    torch.testing.assert_close(torch.cat(found), expected)
+    gradients = torch.cat([half.grad for half in halves])
+    torch.testing.assert_close(gradients, inputs.grad, rtol=1e-4, atol=1e-4)
     if whole.affine:
-        torch.testing.assert_close(shared.weight.grad * 2, whole.weight.grad, rtol=1e-4, atol=1e-4)
-    for key, tensor in whole.named_buffers():
-        torch.testing.assert_close(dict(shared.named_buffers())[key], tensor)
-    torch.testing.assert_close(twin.eval()(half), whole.eval()(half))
+        torch.testing.assert_close(sum(norm.weight.grad for norm in norms), whole.weight.grad, rtol=1e-4, atol=1e-4)
+    for norm, twin in zip(norms, twins):
+        for key, tensor in whole.named_buffers():
+            torch.testing.assert_close(dict(norm.named_buffers())[key], tensor)
+        if whole.running_mean is not None:
+            torch.testing.assert_close(twin.eval()(inputs), whole.eval()(inputs))
 
 
 def test_a_batch_norm_of_its_own_kind_is_refused(pair):
