@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -44,6 +45,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         status = status or 128 + _PIPE
     elif problem and not status:
         status, message = 1, f"Error: the output cannot be written ({problem.strerror})"
+    if status and distributed.rank() > 0:
+        time.sleep(5)  # torchrun ends all processes as soon as one fails: the first one must say why
     if message and distributed.rank() == 0:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)

@@ -8,6 +8,7 @@ from torch import nn
 
 from cleanai import UserError, image_set, stages
 from cleanai.measure import onnx_export
+from cleanai.measure.latency import Times
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import EXPORT, run_record
@@ -46,7 +47,7 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
         given.append(compute.timing_s)
         for call in calls.values():
             call()
-        return {key: [0.001, 0.002] for key in calls}
+        return {key: Times([0.001, 0.002], 0.0) for key in calls}
 
     images = image_set(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
