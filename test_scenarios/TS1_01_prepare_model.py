@@ -77,15 +77,13 @@ def prepare(scenario, args):
     end_all_but_first()  # of several processes, as torchrun starts them
 
     # Report: before and after.
-    before, parameters = run.evaluations["before fine-tuning"], count_parameters(network)
-    return {
-        **run.description(),
-        "models": {
-            "before": {"accuracy_percent": before.accuracy_percent, "loss": before.loss, **parameters},
-            "after": {"accuracy_percent": after.accuracy_percent, "loss": after.loss, **parameters},
-        },
-        "history": history,
+    evaluations = {"before": run.evaluations["before fine-tuning"], "after": after}
+    parameters = count_parameters(network)
+    models = {
+        name: {"accuracy_percent": measured.accuracy_percent, "loss": measured.loss, **parameters}
+        for name, measured in evaluations.items()
     }
+    return {**run.description(), "models": models, "history": history}
 
 
 if __name__ == "__main__":
