@@ -190,8 +190,8 @@ _COSTS = {  # parameters, multiply-accumulates, MB
     "Wanda": (8_932_900, 445_000_000, 34.06),
 }
 _PREPARED_WITH = {
-    "dataset": "CIFAR10", "weights": "imagenet", "mean": None, "std": None, "epochs": 20,
-    "batch_size": 128, "lr": 0.001, "weight_decay": 0.0,
+    "dataset": "CIFAR10", "image_size": None, "flip": "horizontal", "shift": 0.125, "weights": "imagenet",
+    "mean": None, "std": None, "epochs": 20, "batch_size": 128, "lr": 0.001, "weight_decay": 0.0,
     "train_samples": None, "seed": 0, "precision": "auto",
 }  # fmt: skip
 _ENVIRONMENT = {

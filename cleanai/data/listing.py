@@ -41,7 +41,9 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[ImageFile], list[Im
     skipped: Counter[str] = Counter()
     try:
         skipped.update(
-            f"folder {printable(x.name)}" for x in _entries(folder) if x.is_dir() and x.name not in ("train", "test")
+            f"folder {printable(x.name)}"
+            for x in _entries(folder)
+            if x.is_dir() and os.path.normcase(x.name) not in ("train", "test")
         )
         train, test = (_pictures_by_class(folder / part, skipped) for part in ("train", "test"))
         _require_same_classes(folder, train, test)

@@ -45,8 +45,8 @@ def finished(trained_network, digits, compute, tmp_path_factory):
     for scenario in map(preparation.of, controls.METHODS):
         save_network(scenario.pruned, network, facts)
         save_network(scenario.final, network, facts)
-        record = {"config": CONFIG, "prepared_with": {}, "models": {"original": measured, "fine_tuned": measured}}
-        write_record(scenario.record, record)
+        models = {"original": measured, "fine_tuned": measured}
+        write_record(scenario.record, {"config": CONFIG, "prepared_with": CONFIG, "models": models})
     return folder
 
 

@@ -233,12 +233,13 @@ def test_a_third_method_has_its_columns_and_the_tables_keep_their_width(records,
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_any_number_of_methods_with_long_titles_fits(records, tmp_path, monkeypatch, count):
+def test_any_number_of_methods_with_long_titles_fits(records, tmp_path, request, count):
     titles = [f"Method {number} & a title that is longer than any column of a table" for number in range(count)]
-    for name in list(METHODS):
-        monkeypatch.delitem(METHODS, name)
+    usual = dict(METHODS)
+    request.addfinalizer(lambda: (METHODS.clear(), METHODS.update(usual)))  # in their order, too
+    METHODS.clear()
     for number, title in enumerate(titles):
-        monkeypatch.setitem(METHODS, f"M{number}", Method(f"M{number}", title))
+        METHODS[f"M{number}"] = Method(f"M{number}", title)
         record = copy.deepcopy(records["Wanda"])
         record.update(method=f"M{number}", warnings=["The final network is at chance level: 10.00% accuracy"])
         for each in record["models"].values():
