@@ -40,7 +40,7 @@ run: .venv/installed
 	$(RUN)/TS1_04_compare_methods.py
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile
 
 # What takes minutes: kills at random moments, thousands of damaged files. The counts are printed.
 test-long: .venv/installed-dev
@@ -55,7 +55,7 @@ test-floor test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
 	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -e ".[dev]" $(VERSIONS)
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 3 --dist loadfile
 
 # What only a GPU can show, on the first one at hand: a page in results/gpu/.
 test-gpu: .venv/installed

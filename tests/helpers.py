@@ -196,8 +196,9 @@ _PREPARED_WITH = {
 }  # fmt: skip
 _ENVIRONMENT = {
     "device": "Some <GPU> & CPU", "device_type": "cuda", "cpu_threads": 2, "precision": "bfloat16",
-    "deterministic": False, "processes": 1, "system": "Windows AMD64", "python": "3.8.10", "cleanai": "1.0.0",
-    "torch": "2.0.1", "torchvision": "0.15.2", "torch-pruning": "1.6.1", "thop": "0.1.1", "numpy": "1.24",
+    "deterministic": False, "compiled": False, "processes": 1, "system": "Windows AMD64", "python": "3.8.10",
+    "cleanai": "1.0.0", "torch": "2.0.1", "torchvision": "0.15.2", "torch-pruning": "1.6.1", "thop": "0.1.1",
+    "numpy": "1.24",
 }  # fmt: skip
 _DATASET = {"name": "CIFAR10", "source": "image folder", "train_images": 50_000, "test_images": 10_000}
 EXPORT = {  # the entry of a record whose network was exported

@@ -13,6 +13,7 @@ from cleanai.network.training import TrainSettings, fine_tune, learning_rate, tr
 from cleanai.network.training_step import TrainingStep
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.scenario import Scenario
+from tests.small_network import SmallNetwork
 
 FACTS = {
     "model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "image_size": [16, 16],
@@ -122,7 +123,7 @@ def _with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 10))
 
 
-@pytest.mark.parametrize("build", [lambda: resnet18_for_small_images(10), _with_dropout], ids=["ResNet18", "dropout"])
+@pytest.mark.parametrize("build", [lambda: SmallNetwork(10), _with_dropout], ids=["batch norm", "dropout"])
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(build, few, compute, tmp_path, monkeypatch):
     settings, facts = replace(SETTINGS, epochs=4), {**FACTS, "config": {"epochs": 4}}
     whole = build()

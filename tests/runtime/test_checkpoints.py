@@ -17,7 +17,8 @@ from cleanai.runtime.checkpoints import (
     write_record,
 )
 from cleanai.runtime.files import write_bytes
-from tests.helpers import ended, started
+from tests.helpers import SMALL_MODEL, ended, started
+from tests.small_network import SmallNetwork
 
 FACTS = {
     "model": "ResNet18",
@@ -164,19 +165,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, network, digits, compute):
+def test_a_pruned_network_reloads_in_a_fresh_process_with_weights_only(tmp_path, digits, compute):
+    network = SmallNetwork(10).eval()
     images = digits.test.select(torch.arange(32))
     settings = PruneSettings(0.2, 0.2, steps=1, batch_size=32)
     prune_to_budget(network, WandaImportance(), PruneImages(images, images), compute, settings)
     path, outputs = tmp_path / "n.pth", tmp_path / "o.pth"
-    save_network(path, network, FACTS)
+    save_network(path, network, {**FACTS, "model": SMALL_MODEL})
     program = (
         "import sys, torch; from pathlib import Path; from cleanai.network.models import load_network\n"
-        "assert torch.load(sys.argv[1], weights_only=True)['model'] == 'ResNet18'\n"
+        "assert torch.load(sys.argv[1], weights_only=True)['model'] == sys.argv[3]\n"
         "torch.manual_seed(1); x = torch.randn(4, 3, 16, 16)\n"
-        "torch.save(load_network(Path(sys.argv[1]))(x).detach(), sys.argv[2])"
+        "torch.save(load_network(Path(sys.argv[1]), sys.argv[3])(x).detach(), sys.argv[2])"
     )
-    with started(["-c", program, path, outputs]) as process:
+    with started(["-c", program, path, outputs, SMALL_MODEL]) as process:
         result = ended(process)
     assert result.returncode == 0, result.stderr
     torch.manual_seed(1)
