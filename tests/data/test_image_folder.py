@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -20,6 +21,8 @@ from cleanai import UserError
 from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from tests.helpers import copy_real_images, ended, make_image_folder, needs_real_images, started
+
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 10
 
 
 def png(width, height, bits, kind, rows=b"", transparent=b""):
@@ -129,6 +132,8 @@ def jpeg(picture):
     ],
 )
 def test_every_kind_of_picture_becomes_its_colours(tmp_path, name, picture, row):
+    if OLD_PILLOW and name in ("16 bits, white is 0.tif", "frames.gif"):
+        pytest.skip("this Pillow refuses the one, and writes the other in other colours")
     path = make_image_folder(tmp_path / "Pets") / "train" / "cat" / f"!{name}"  # before all others
     if isinstance(picture, bytes):
         path.write_bytes(picture)
@@ -142,6 +147,8 @@ def test_every_kind_of_picture_becomes_its_colours(tmp_path, name, picture, row)
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "mpo.jpg"])
 def test_a_picture_is_turned_as_its_camera_says(tmp_path, ending):
     """Against Pillow's own function, for each of the eight orientations."""
+    if OLD_PILLOW and ending == "tif":
+        pytest.skip("this Pillow writes no orientation into a TIFF")
     folder = make_image_folder(tmp_path / "Pets", size=(16, 16), per_class=1)
     picture = Image.new("RGB", (16, 16))
     picture.paste((250, 250, 250), (0, 0, 8, 4))  # the eight ways to turn it all differ

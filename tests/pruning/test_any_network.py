@@ -153,9 +153,10 @@ PRUNED = {
     "a backbone without gradients": lambda: Own(_backbone_without_gradients),
     "an optional input": lambda: Own(lambda net, x, y=None: Net.forward(net, x)),
 }  # fmt: skip
+WEIGHT_NORM = getattr(parametrizations, "weight_norm", parametrizations.spectral_norm)  # from PyTorch 2.1 on
 REFUSED = {
     "GroupNorm": (lambda: Net(lambda width: nn.GroupNorm(4, width)), "no channels that can be removed; .*GroupNorm"),
-    "weight norm": (lambda: _with(lambda net: parametrizations.weight_norm(net.b[0])), "weight of b.0 is computed"),
+    "weight norm": (lambda: _with(lambda net: WEIGHT_NORM(net.b[0])), "weight of b.0 is computed"),
     "spectral norm": (lambda: _with(lambda net: parametrizations.spectral_norm(net.b[0])), "weight of b.0 is computed"),
     "old spectral norm": (lambda: _with(lambda net: nn.utils.spectral_norm(net.b[0])), "weight of b.0 is computed"),
     "two inputs": (Two, "does not run on a batch of 2 x 3 x 8 x 8 .*missing 1 required positional argument: 'y'"),
