@@ -24,6 +24,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from cleanai import UserError
 from cleanai.data.images import Images, ImageSet
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
@@ -75,6 +76,8 @@ class Setup:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA device: this check needs an NVIDIA GPU and PyTorch's CUDA build")
     compute = choose_compute("cuda", "auto")
     say(wrapped(compute.description))
     images = load_images("Digits", PROJECT / "downloaded_datasets").to(compute.device)
