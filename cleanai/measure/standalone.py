@@ -52,7 +52,8 @@ def save_standalone(
     file = io.BytesIO()
     with exporting(network, "torch.export"):
         batch = torch.export.Dim("batch")
-        program = torch.export.export(network, (inputs[:2],), dynamic_shapes=({0: batch},))
+        example = torch.zeros_like(inputs[:2])  # the file keeps it: none of the user's pictures
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
         torch.export.save(program, file, extra_files={"cleanai.json": json.dumps(facts, ensure_ascii=False)})
         file.seek(0)
         run = torch.export.load(file).module()

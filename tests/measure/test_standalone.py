@@ -39,6 +39,13 @@ def test_it_gives_the_outputs_for_any_batch_size_and_says_what_it_takes(tmp_path
     assert facts["mean"] == pytest.approx([0.5, 0.4, 0.3]) and facts["std"] == pytest.approx([0.25] * 3)
 
 
+@needs_torch_export
+def test_the_file_holds_none_of_the_pictures(tmp_path):
+    many = image_set(torch.randint(0, 256, (100, 3, 48, 48), dtype=torch.uint8))  # 2.8 MB as float32
+    save_standalone(_network(), tmp_path / "a.pt2", many)
+    assert (tmp_path / "a.pt2").stat().st_size < 200_000
+
+
 class Branching(nn.Module):
     def forward(self, images):
         return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
