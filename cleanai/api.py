@@ -14,8 +14,7 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
-from cleanai.pruning.nearest import prune_near_budget
-from cleanai.pruning.pruner import PruneImages, PruneSettings
+from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
@@ -57,11 +56,11 @@ def prune(
     the ratios cannot be met.
     """
     ratio, macs_ratio = _shares(ratio, macs_ratio)
-    settings = PruneSettings(ratio, macs_ratio, STEPS, _multiples(round_to))
+    settings = PruneSettings(ratio, macs_ratio, STEPS, _multiples(round_to), nearest=True)
     importance = _importance(criterion)
     with _Workplace(network) as place:
         used = _prune_images(place.network, place.prepared(images))
-        report, _ = prune_near_budget(place.network, importance, used, place.compute, settings)
+        report, _ = prune_to_budget(place.network, importance, used, place.compute, settings)
         return place.network.to(place.home), report
 
 

@@ -15,8 +15,7 @@ from cleanai.data.images import ImageSet
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.evaluation import evaluate
 from cleanai.pruning.criteria import CRITERIA
-from cleanai.pruning.nearest import prune_near_budget
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings
+from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.progress import progress_bar, say
@@ -45,7 +44,7 @@ def measure_network(network: nn.Module, test: ImageSet, compute: Compute) -> dic
 class Sweep:
     """Prunes a network by each criterion to each of the rising `ratios`, of parameters and multiply-accumulates alike.
 
-    Each criterion prunes one copy of the network, one step of `prune_near_budget` per ratio. With `fine_tune` a copy of
+    Each criterion prunes one copy of the network, one step of `prune_to_budget` per ratio. With `fine_tune` a copy of
     the pruned network is trained by it, in place, and measured instead. `save` gets all points after each new one.
     `points` are those of an interrupted sweep. They are not measured again if the network costs the same; the pruning
     itself is repeated from the first ratio of an unfinished criterion.
@@ -97,9 +96,9 @@ class Sweep:
         torch.manual_seed(self.seed)
         highest = self.ratios[-1]
         steps = [ratio / highest for ratio in self.ratios]
-        settings = PruneSettings(highest, highest, steps, self.round_to)
+        settings = PruneSettings(highest, highest, steps, self.round_to, nearest=True)
         try:
-            prune_near_budget(copy.deepcopy(self.network), importance, self.images, self.compute, settings, measure)
+            prune_to_budget(copy.deepcopy(self.network), importance, self.images, self.compute, settings, measure)
         except BudgetMissed as error:
             raise UserError(
                 f"A ratio of {highest:g} cannot be met in this network by {name}: the nearest is {error.nearest}. "

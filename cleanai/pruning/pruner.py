@@ -28,6 +28,8 @@ from cleanai.runtime.files import one_line
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
+NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
+
 
 class BudgetMissed(UserError):
     """Shares that cannot be removed from a network.
@@ -51,7 +53,8 @@ class PruneSettings:
     `ratio` and `macs_ratio` are the shares of the parameters and of the multiply-accumulates to remove; None leaves one
     of them free. `steps` is a number of equal steps, or the cumulative fractions after each step, ending in 1. Widths
     stay multiples of the first number in `round_to` that can meet the budget: tensor cores and AVX-512 are slow on odd
-    widths. `repair` is "full", "bn" (batch norm only, in batches of `batch_size`) or "none".
+    widths. `repair` is "full", "bn" (batch norm only, in batches of `batch_size`) or "none". With `nearest`, shares
+    that cannot be met exactly become the nearest that can, unless one of these differs by more than `NEAR` says.
     """
 
     ratio: float | None
@@ -60,6 +63,7 @@ class PruneSettings:
     round_to: Sequence[int] = (32, 16, 8, 4, 2, 1)
     repair: str = "full"
     batch_size: int = 128
+    nearest: bool = False
 
     @property
     def fractions(self) -> Sequence[float]:
@@ -150,6 +154,7 @@ class _Pruning:
     ) -> None:
         self.network, self.importance, self.images = network, importance, images
         self.compute, self.settings = compute, settings
+        self.shares: Sequence[float | None] = (settings.ratio, settings.macs_ratio)  # to remove, of both costs
         self.unrepaired: nn.Module
         if not (len(images.calibration) and len(images.repair)):
             raise UserError("Pruning needs at least one image for calibration, and one for the repair")
@@ -160,18 +165,20 @@ class _Pruning:
         _, groups = self._groups(network)
         costs = Costs(network, groups, self.example)
         self.before = costs.now
-        self.goal = Budget.removing(self.before, *self.requested(1))
         self.least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
+        self.goal = Budget.removing(self.before, *self.shares)
         self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
-        self._require_goal(groups, costs, planned)
+        if self.goal.missed(costs(planned), self.before) > 0:
+            self.shares = self._nearest_shares(groups, costs, planned)
+            self.goal = Budget.removing(self.before, *self.shares)
+            self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
         self.remaining = _by_name(groups, planned)  # channels that each group still loses, by the last plan
         # The rows of the last repair, which a step starts from.
         self.rows: tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]] = {}, {}
 
     def requested(self, fraction: float) -> list[float | None]:
         """The shares of both costs to remove after this fraction of the way."""
-        shares = (self.settings.ratio, self.settings.macs_ratio)
-        return [None if share is None else share * fraction for share in shares]
+        return [None if share is None else share * fraction for share in self.shares]
 
     def prepare(self) -> None:
         """Recalibrate batch norm before the first step: its statistics may come from other images."""
@@ -284,11 +291,20 @@ class _Pruning:
                 break
         return min(plans, key=lambda plan: plan[0])[1:]
 
-    def _require_goal(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> None:
-        """Raise BudgetMissed when the `planned` cuts do not meet the goal, with settings that were tried and do."""
-        asked = self.requested(1)
-        if self.goal.missed(costs(planned), self.before) == 0:
-            return
+    def _nearest_shares(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> Sequence[float | None]:
+        """The nearest shares that can be met, where the `planned` cuts do not meet the goal.
+
+        Raises BudgetMissed when the settings do not allow them, or there are none near the requested ones.
+        """
+        missed = self._missed(groups, costs, planned)
+        if not self.settings.nearest or not _are_near(self.shares, missed.shares):
+            raise missed
+        say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
+        return missed.shares
+
+    def _missed(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> BudgetMissed:
+        """The error for cuts that do not meet the goal, with settings that were tried and do."""
+        asked = self.shares
 
         def nearest(shares: Sequence[float | None], round_to: Sequence[int]) -> tuple[bool, list[float]]:
             goal = Budget.removing(self.before, *shares)
@@ -316,12 +332,18 @@ class _Pruning:
             ]
         if 1 not in self.settings.round_to and nearest(asked, [1])[0]:
             possible.append("the same with round_to 1")
-        raise BudgetMissed(
+        return BudgetMissed(
             _shares_text(asked),
             f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates",
             possible,
             near,
         )
+
+
+def _are_near(asked: Sequence[float | None], found: Sequence[float | None] | None) -> bool:
+    """Whether shares that were found differ from those asked for by less than `NEAR` says."""
+    pairs = [] if found is None else [(share, near) for share, near in zip(asked, found) if share is not None]
+    return bool(pairs) and all(abs(near - share) < min(NEAR, (1 - share) / 10) for share, near in pairs)
 
 
 def _rounded(removed: Sequence[float]) -> list[float]:
