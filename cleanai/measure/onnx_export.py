@@ -21,6 +21,8 @@ from cleanai.measure.standalone import compared, exporting, final_images, for_ex
 from cleanai.network.models import load_network
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.distributed import end_all_but_first
+from cleanai.runtime.foreign import foreign_code
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.packages import ONNX, require_packages
 from cleanai.runtime.scenario import Scenario
 
@@ -102,8 +104,9 @@ def _smallest_limits(network: nn.Module, inputs: torch.Tensor, facts: dict[str, 
     if all(_takes(network, other, inputs) for other in others):
         try:
             model = _with_metadata(_onnx_model(network, inputs[:2], True), facts)
+            run = _runner(model)
             for other in others:
-                compared(network, _runner(model), other, "ONNX Runtime")
+                compared(network, run, other, "ONNX Runtime")
             return model, True
         except UserError:
             pass  # not with other sizes
@@ -123,9 +126,9 @@ def _takes(network: nn.Module, other: torch.Tensor, images: torch.Tensor) -> boo
     try:
         with torch.inference_mode():
             return network(other).shape == network(images[: len(other)]).shape
-    except MemoryError:
-        raise
-    except Exception:  # of the network, for a size that it was not made for
+    except Exception as error:  # of the network, for a size that it was not made for
+        if is_shortage(error):
+            raise
         return False
 
 
@@ -159,15 +162,18 @@ def _with_metadata(model: bytes, facts: dict[str, Any]) -> bytes:
 def _runner(model: bytes) -> Any:
     """A function of normalised images (B, 3, H, W) that runs an ONNX model. UserError when ONNX Runtime cannot."""
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        try:
-            return torch.from_numpy(_session(model).run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
-        except Exception as error:  # of ONNX Runtime, whose errors have no common class
-            raise UserError(
-                f"ONNX Runtime {version('onnxruntime')} cannot run the exported network: try another version, "
-                "pip install --upgrade onnx onnxruntime onnxscript"
-            ) from error
+    def explain(_: BaseException) -> UserError:  # the errors of ONNX Runtime have no common class
+        return UserError(
+            f"ONNX Runtime {version('onnxruntime')} cannot run the exported network: try another version, "
+            "pip install --upgrade onnx onnxruntime onnxscript"
+        )
 
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with foreign_code(explain):
+            return torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
+
+    with foreign_code(explain):
+        session = _session(model)
     return run
 
 

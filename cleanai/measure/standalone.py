@@ -23,7 +23,7 @@ from cleanai.network.models import load_network
 from cleanai.network.trial import copied, try_outputs
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.files import replacing
-from cleanai.runtime.memory import is_shortage
+from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.packages import require_torch_export
 from cleanai.runtime.scenario import Scenario
 
@@ -160,23 +160,20 @@ def _in_float64(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def exporting(network: nn.Module, exporter: str) -> Iterator[None]:
     """Run PyTorch's exporter in silence. What it raises, which may be anything, becomes a UserError of one line."""
-    level = logging.root.manager.disable
-    try:
-        logging.disable(logging.CRITICAL)
-        nowhere = io.StringIO()
-        redirected = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
-        with warnings.catch_warnings(), redirected[0], redirected[1]:
-            warnings.simplefilter("ignore")
-            yield
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:
-        if is_shortage(error):
-            raise
-        raise UserError(
+
+    def explain(error: BaseException) -> UserError:
+        return UserError(
             f"{type(network).__name__} cannot be exported by {exporter} of PyTorch {torch.__version__}: "
             f"{_reason(network, error)}"
-        ) from error
+        )
+
+    level, nowhere = logging.root.manager.disable, io.StringIO()
+    redirected = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
+    try:
+        logging.disable(logging.CRITICAL)
+        with foreign_code(explain, (OSError,)), warnings.catch_warnings(), redirected[0], redirected[1]:
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
 

@@ -7,12 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
 
 from torch import nn
 
 from cleanai import UserError
 from cleanai.runtime.files import file_digest, one_line
+from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.scenario import PROJECT
 
 
@@ -25,11 +25,13 @@ def own_network(file: str, name: str, classes: int) -> nn.Module:
     path = (PROJECT / Path(file).expanduser()).resolve()
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"MODEL names the Python file {path}, which does not exist")
-    module = _guarded(path, "cannot be imported", lambda: _imported(path))
+    with foreign_code(lambda error: _failed(path, "cannot be imported", error)):
+        module = _imported(path)
     maker = getattr(module, name, None)
     if not callable(maker):
         raise UserError(f"MODEL names {name} in {path}, which has no function or class of that name")
-    network = _guarded(path, f"{name}({classes}) fails", lambda: maker(classes))
+    with foreign_code(lambda error: _failed(path, f"{name}({classes}) fails", error)):
+        network = maker(classes)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name}({classes}) of {path} returns a {type(network).__name__}, not a network (nn.Module)")
     return network
@@ -52,12 +54,9 @@ def _imported(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _guarded(path: Path, what: str, call: Callable[[], Any]) -> Any:
-    """The result of code of the user's. Any exception of it becomes one line that names the line of the file."""
-    try:
-        return call()
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
-        where = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{path}{where}: {what}: {type(error).__name__}: {one_line(error)}") from error
+def _failed(path: Path, what: str, error: BaseException) -> UserError:
+    """The error for a file of the user's, with the line of it that failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+    where = f", line {lines[-1]}" if lines else ""
+    return UserError(f"{path}{where}: {what}: {type(error).__name__}: {one_line(error)}")

@@ -13,6 +13,7 @@ from cleanai import UserError
 from cleanai.data.images import Images
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
+from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.memory import is_shortage
 
 # Pixels, tried when pictures do not fit.
@@ -21,28 +22,26 @@ _SIDES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 
 def copied(network: nn.Module) -> nn.Module:
     """A deep copy of a network. UserError when it holds something that cannot be copied."""
-    try:
+
+    def explain(error: BaseException) -> UserError:
+        return UserError(f"{type(network).__name__} cannot be copied ({type(error).__name__}: {one_line(error)[:200]})")
+
+    with foreign_code(explain):
         return copy.deepcopy(network)
-    except Exception as error:  # of the user's objects: anything
-        if is_shortage(error):
-            raise
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"{type(network).__name__} cannot be copied ({reason})") from error
 
 
 def try_run(network: nn.Module, inputs: torch.Tensor, name: str) -> Any:
     """What a network in evaluation mode gives for images that it may not take, called `name`; UserError then."""
-    try:
-        with torch.inference_mode():
-            return network(inputs)
-    except Exception as error:  # a network of the user's can raise anything
-        if is_shortage(error):
-            raise
+
+    def explain(error: BaseException) -> UserError:
         size = " x ".join(map(str, inputs.shape[1:]))
-        raise UserError(
+        return UserError(
             f"{type(network).__name__} does not take {name} of {size} ({one_line(error)[:200]}): "
             "give images of the size that it was trained on, image_set(folder, size=N)"
-        ) from error
+        )
+
+    with foreign_code(explain), torch.inference_mode():
+        return network(inputs)
 
 
 def try_outputs(network: nn.Module, inputs: torch.Tensor, name: str) -> torch.Tensor:
@@ -61,7 +60,7 @@ def try_network(network: nn.Module, images: Images, batch_size: int | None, comp
     mode on as many as a batch has, at most two. None leaves out the training. Network and random numbers stay as they
     are. What the network raises by itself, other than a lack of memory, is told in one line.
     """
-    trial, classes, name = copy.deepcopy(network), len(images.classes), type(network).__name__
+    trial, classes, name = copied(network), len(images.classes), type(network).__name__
     height, width = images.test.pixels.shape[2:]
     size = f"{height} x {width} pixels"
     devices = [compute.device] if compute.device.type == "cuda" else []

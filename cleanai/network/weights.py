@@ -13,7 +13,7 @@ from cleanai import UserError
 from cleanai.network.models import download_imagenet_weights, imagenet_url
 from cleanai.runtime.checkpoints import load_plain_data, verified_size
 from cleanai.runtime.files import one_line
-from cleanai.runtime.memory import is_shortage
+from cleanai.runtime.foreign import foreign_code
 
 _WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
@@ -49,7 +49,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     data is unpickled. Raises UserError when the file is damaged or holds anything else.
     """
     content: Any
-    try:
+
+    def explain(error: BaseException) -> UserError:
+        return UserError(
+            f"{path} cannot be read as weights ({one_line(error)[:200]}). Save them with "
+            "torch.save(network.state_dict(), FILE), or as .safetensors"
+        )
+
+    with foreign_code(explain, (OSError,)):  # a pickle can make torch.load raise anything
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -58,15 +65,6 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are not
                 verified_size(path)
             content = load_plain_data(path)
-    except OSError:
-        raise
-    except Exception as error:  # a pickle can make torch.load raise anything
-        if is_shortage(error):
-            raise
-        raise UserError(
-            f"{path} cannot be read as weights ({one_line(error)[:200]}). Save them with "
-            "torch.save(network.state_dict(), FILE), or as .safetensors"
-        ) from error
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _WRAPPERS):
         content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):

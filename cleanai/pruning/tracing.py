@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from cleanai import UserError
 from cleanai.network.activations import CONSUMERS, not_finite
 from cleanai.runtime.files import one_line
+from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import progress
 
@@ -123,15 +124,14 @@ def require_working(network: nn.Module, example: torch.Tensor) -> None:
 
 def run_network(network: nn.Module, example: torch.Tensor) -> Any:
     """The outputs for images. UserError when the forward pass fails."""
-    try:
-        return network(example)
-    except Exception as error:  # of the user's code: anything
-        if isinstance(error, UserError) or is_shortage(error):
-            raise
+
+    def explain(error: BaseException) -> UserError:
         shape = " x ".join(map(str, example.shape))
-        raise refused(
-            network, f"it does not run on a batch of {shape} values alone ({type(error).__name__}: {one_line(error)})"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return refused(network, f"it does not run on a batch of {shape} values alone ({reason})")
+
+    with foreign_code(explain):
+        return network(example)
 
 
 def trace(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:

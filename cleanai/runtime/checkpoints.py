@@ -17,7 +17,7 @@ from typing import Any
 from cleanai import UserError
 from cleanai.runtime import distributed
 from cleanai.runtime.files import write_bytes, writing
-from cleanai.runtime.memory import is_shortage
+from cleanai.runtime.foreign import foreign_code
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -61,15 +61,10 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
     )
-    try:
+    # A pickle can make torch.load raise anything. In a shortage of memory the file is not at fault.
+    with foreign_code(lambda _: damaged, (OSError,)):
         archive_bytes = verified_size(path)
         content = load_plain_data(path)
-    except OSError:
-        raise
-    except Exception as error:  # a pickle can make torch.load raise anything
-        if is_shortage(error):  # for no more than the file holds: the file is not at fault
-            raise
-        raise damaged from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise damaged
     if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):

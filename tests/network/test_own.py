@@ -82,3 +82,10 @@ def test_a_checkpoint_never_chooses_the_code_that_runs(tmp_path):
         load_network(tmp_path / "c.pth", "tests/other.py:Net")
     loaded = load_network(tmp_path / "c.pth", SMALL_MODEL)
     assert torch.equal(loaded.classifier.weight, network.classifier.weight)
+
+
+def test_a_shortage_of_memory_is_no_fault_of_the_file(tmp_path):
+    text = "def Net(classes):\n    raise RuntimeError('CUDA out of memory')\n"
+    (tmp_path / "my_net.py").write_text(text, encoding="utf-8")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build(f"{tmp_path / 'my_net.py'}:Net", 10)
