@@ -19,7 +19,6 @@ from cleanai.pruning.repair import most_images
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
 
-ROUND_TO = (32, 16, 8, 4, 2, 1)
 STEPS = 3
 LEAST_IMAGES = 16
 REPAIR_IMAGES = 1024
@@ -36,7 +35,7 @@ def prune(
     ratio: float | None = 0.3,
     criterion: str | tp.importance.Importance = "wanda",
     macs_ratio: float | str | None = "same",
-    round_to: Sequence[int] = ROUND_TO,
+    round_to: Sequence[int] = PruneSettings.round_to,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a pruned copy of a trained network, and a report. The network itself does not change.
 
@@ -102,8 +101,7 @@ def measure_sweep(
 class _Workplace:
     """A copy of a network where it is pruned: on its own CUDA device, else on the first one, else on the CPU.
 
-    `home` is the device of the network. A context manager, which leaves PyTorch's current CUDA device and its cuDNN
-    setting as they were.
+    `home` is the device of the network. A context manager, which leaves PyTorch's current CUDA device as it was.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -125,7 +123,6 @@ class _Workplace:
         self.network = copied(network).eval()
 
     def __enter__(self) -> _Workplace:
-        self._cudnn = torch.backends.cudnn.benchmark
         self._current = torch.cuda.current_device() if torch.cuda.is_available() else None
         chosen = choose_compute("auto", "auto")
         device = self.home if self.home.type == "cuda" else chosen.device
@@ -137,7 +134,6 @@ class _Workplace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.benchmark = self._cudnn
         if self._current is not None:
             torch.cuda.set_device(self._current)
 

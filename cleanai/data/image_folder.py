@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from cleanai import UserError
 from cleanai.data.images import empty_pixels
 from cleanai.data.listing import ImageFile, list_image_folder
-from cleanai.runtime.files import one_line, printable, remove_leftovers, replacing
+from cleanai.runtime.files import one_line, remove_leftovers, replacing
 from cleanai.runtime.progress import progress
 
 CACHE_VERSION = 2  # raise it when the layout or the decoding changes
@@ -80,7 +80,7 @@ def decode(
         height, width = pixels.shape[2:]
         if picture.size != (width, height):
             raise UserError(
-                f"{printable(file.path)} is {picture.width} x {picture.height} pixels and the first image is {width} x "
+                f"{file.path} is {picture.width} x {picture.height} pixels and the first image is {width} x "
                 f"{height}: all must have one size. {option.format(_fitting_size(files))}, for example, makes it so"
             )
         pixels[number] = np.asarray(picture).transpose(2, 0, 1)
@@ -104,9 +104,7 @@ def _read(path: str) -> Image.Image:
             with Image.open(path) as image:
                 return _rgb(image)
     except BROKEN as error:
-        raise UserError(
-            f"Broken image file: {printable(path)} ({printable(one_line(error))}). Replace or remove it"
-        ) from error
+        raise UserError(f"Broken image file: {path} ({one_line(error)}). Replace or remove it") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -54,7 +54,7 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[ImageFile], list[Im
         ]
     except OSError as error:
         raise UserError(
-            f"{folder} must hold images in {{train,test}}/<class>/, all of them readable: {printable(one_line(error))}"
+            f"{folder} must hold images in {{train,test}}/<class>/, all of them readable: {one_line(error)}"
         ) from error
     if skipped:
         print(f"Left out of {folder}: {_counts(skipped)}")
@@ -88,7 +88,7 @@ def list_pictures(folder: Path) -> list[ImageFile]:
             )
         files = [_image_file(path, label) for label, name in enumerate(sorted(classes)) for path in classes[name]]
     except OSError as error:
-        raise UserError(f"{folder} cannot be read as a folder of pictures: {printable(one_line(error))}") from error
+        raise UserError(f"{folder} cannot be read as a folder of pictures: {one_line(error)}") from error
     if skipped:
         print(f"Left out of {folder}: {_counts(skipped)}")
     return files
@@ -103,7 +103,7 @@ def _pictures_by_class(part: Path, skipped: Counter[str]) -> dict[str, list[str]
             continue
         name = unicodedata.normalize("NFC", entry.name)
         if printable(name) != name:
-            raise UserError(f"The name of the class folder {printable(entry.path)} cannot be printed: rename it")
+            raise UserError(f"The name of the class folder {entry.path} cannot be printed: rename it")
         if name in found:
             raise UserError(f"{part} has two folders {name}, in two Unicode forms (NFC and NFD): merge them into one")
         others: Counter[str] = Counter()
@@ -144,7 +144,7 @@ def _pictures(folder: str, part: str, skipped: Counter[str]) -> list[str]:
         place, above = waiting.pop()
         real = os.path.realpath(place)
         if real in above:
-            raise UserError(f"{printable(place)} is a link to a folder that holds it: remove the link")
+            raise UserError(f"{place} is a link to a folder that holds it: remove the link")
         for entry in _entries(place):
             if entry.is_dir():
                 waiting.append((entry.path, above | {real}))
@@ -181,5 +181,5 @@ def _counts(kinds: Counter[str]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(f'"{printable(name)}"' for name in names[:SHOWN])
+    shown = ", ".join(f'"{name}"' for name in names[:SHOWN])
     return f"{shown} and {len(names) - SHOWN:,} more" if len(names) > SHOWN else shown

@@ -22,7 +22,7 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
 HOOKED = 2  # a pass that observes all layers takes about so many times as long
-COVERAGE_IMAGES = 1024  # test images, and training images for the ranges: seconds, not minutes
+COVERAGE_IMAGES = 1024  # calibration images, and training images for the ranges: seconds, not minutes
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 
@@ -51,6 +51,11 @@ def measure_results(
     is_heldout = torch.zeros(len(images.test), dtype=torch.bool)
     is_heldout[split.heldout] = True
     classes = compare_classes(evaluations, images)
+    profiled = images.train.sample(COVERAGE_IMAGES, seed)
+    covered = split.calibration.select(torch.arange(min(COVERAGE_IMAGES, len(split.calibration))))
+    passes = len(networks) * (len(profiled) + 2 * len(covered))
+    seconds = HOOKED * passes / models["original"]["throughput_images_per_s"]
+    say(f"Measuring test coverage on {len(covered):,} images: about {seconds:.0f} s")
     return {
         "models": models,
         "heldout_bits": pack(is_heldout),
@@ -58,13 +63,7 @@ def measure_results(
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
-        "coverage": _compare_coverage(
-            networks,
-            (images.train, split.calibration),
-            compute,
-            seed,
-            models["original"]["throughput_images_per_s"],
-        ),
+        "coverage": _compare_coverage(networks, profiled, covered, compute),
     }
 
 
@@ -186,16 +185,9 @@ def _thumbnail(pixels: torch.Tensor) -> str:
 
 
 def _compare_coverage(
-    networks: dict[str, nn.Module], images: tuple[ImageSet, ImageSet], compute: Compute, seed: int, images_per_s: float
+    networks: dict[str, nn.Module], profiled: ImageSet, covered: ImageSet, compute: Compute
 ) -> dict[str, Any]:
-    """Test coverage by the first calibration images, with ranges from as many training images, drawn with `seed`.
-
-    `images` are the training and the calibration images; `images_per_s` is a network's throughput, for the estimate.
-    """
-    profiled = images[0].sample(COVERAGE_IMAGES, seed)
-    covered = images[1].select(torch.arange(min(COVERAGE_IMAGES, len(images[1]))))
-    passed = len(networks) * (len(profiled) + 2 * len(covered))
-    say(f"Measuring test coverage on {len(covered):,} images: about {HOOKED * passed / images_per_s:.0f} s")
+    """Test coverage by the images `covered`, with ranges from the training images `profiled`."""
     return {
         "profile_images": len(profiled),
         "images": len(covered),

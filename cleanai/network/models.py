@@ -18,7 +18,7 @@ from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
 from cleanai.runtime.memory import is_shortage
-from cleanai.runtime.scenario import network_source
+from cleanai.runtime.scenario import is_from_file, network_source
 
 
 def build(model: str, classes: int) -> nn.Module:
@@ -30,7 +30,7 @@ def build(model: str, classes: int) -> nn.Module:
     Raises UserError when there is none.
     """
     source, name = network_source(model)
-    if source not in ("", "torchvision"):
+    if is_from_file(model):
         return own_network(source, name, classes)
     name = _torchvision_name(model)
     if name == "resnet18" and not source:
@@ -44,17 +44,16 @@ def imagenet_url(model: str) -> str:
 
     UserError when it is not one of torchvision's.
     """
+    if is_from_file(model):
+        raise UserError(f"There are no ImageNet weights for {model}: use --weights none, or a file with your own")
     return torchvision.models.get_model_weights(_torchvision_name(model)).DEFAULT.url
 
 
 def _torchvision_name(model: str) -> str:
     # Underscores between digits stay: regnet_y_1_6gf is not regnet_y_16gf.
     names = {_short(name): name for name in torchvision.models.list_models(module=torchvision.models)}
-    source, name = network_source(model)
-    if source not in ("", "torchvision"):
-        raise UserError(f"There are no ImageNet weights for {model}: use --weights none, or a file with your own")
     try:
-        return names[_short(name)]
+        return names[_short(network_source(model)[1])]
     except KeyError as error:
         raise UserError(
             f"There is no network called {model}: MODEL in the script is ResNet18, another of torchvision's such as "
@@ -121,8 +120,7 @@ def load_network(path: Path, model: str | None = None) -> nn.Module:
     a checkpoint must not choose which code runs.
     """
     checkpoint = load_checkpoint(path, **({} if model is None else {"model": model}))
-    source, _ = network_source(checkpoint["model"])
-    if model is None and source not in ("", "torchvision"):
+    if model is None and is_from_file(checkpoint["model"]):
         raise UserError(f"{path} holds a network from {checkpoint['model']}: load_network(path, model=...) loads it")
     return network_from(checkpoint, path)
 

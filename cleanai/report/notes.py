@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
-from cleanai.report.wording import Record
+from cleanai.report.wording import FULL_BATCH, Record
 
 BUSY_PERCENT = 15  # a larger spread between the turns of a timing
-FULL_BATCH = 128
 _FEW_CALLS = 30
 
 

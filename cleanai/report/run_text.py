@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from cleanai.report.notes import FULL_BATCH, notes
-from cleanai.report.wording import STAGES, WIDTH, Record, in_unit, method_title, speedup, timing_lines, wrapped
+from cleanai.report.notes import notes
+from cleanai.report.wording import (
+    FULL_BATCH,
+    STAGES,
+    WIDTH,
+    Record,
+    in_unit,
+    method_title,
+    speedup,
+    timing_lines,
+    wrapped,
+)
 
 RUNTIMES = {"onnx_runtime": "ONNX Runtime, CPU", "pytorch": "PyTorch, CPU, beside it"}
 

@@ -12,6 +12,7 @@ Record = Dict[str, Any]
 
 STAGES = {"original": "Original (FT)", "pruned": "After Pruning", "fine_tuned": "After Pruning+FT"}
 WIDTH = 100  # columns of a table
+FULL_BATCH = 128  # images, in which throughput is measured where it is not too slow
 _NARROWEST = 40  # columns that prose is wrapped to; some consoles call themselves 0 or 1 wide
 _UNITS = {  # with the least value that is shown in each; the specification's unit comes first
     "macs": (("G", 1e9, 1e8), ("M", 1e6, 1e5), ("k", 1e3, 0)),
@@ -74,8 +75,9 @@ def exported_as(export: Record) -> str:
 
 def timing_lines(record: Record) -> list[str]:
     """How the times of networks were taken on a GPU: a sentence, or none."""
-    how = record["models"]["original"].get("latency_by")
-    return [f"Inference time: one image, {how}. Throughput: batches of 128, without a graph."] if how else []
+    original = record["models"]["original"]
+    how, batch = original.get("latency_by"), original.get("throughput_batch", FULL_BATCH)
+    return [f"Inference time: one image, {how}. Throughput: batches of {batch}, without a graph."] if how else []
 
 
 def requested_shares(config: Record) -> str:

@@ -65,6 +65,11 @@ def network_source(model: str) -> tuple[str, str]:
     return source, name
 
 
+def is_from_file(model: str) -> bool:
+    """Whether the network that a scenario calls `model` comes from a Python file of the user's."""
+    return network_source(model)[0] not in ("", "torchvision")
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Where one script of a scenario reads and writes. `method` is empty for the preparing script."""

@@ -113,7 +113,6 @@ def test_a_network_is_trained_pruned_and_measured_on_the_card(precision, digits,
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_sweep_runs_on_the_card(precision, digits, monkeypatch):
-    monkeypatch.setattr(sweep, "ROUND_TO", (1,))
     monkeypatch.setattr(sweep, "METHODS", {})  # the baselines are left, whose importances are torch_pruning's
     with cuda_stand_in(CARDS[precision]):
         compute, images = on_card(precision, digits)
