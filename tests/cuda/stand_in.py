@@ -24,7 +24,6 @@ import torch._dynamo  # what is imported under the stand-in would make its tenso
 import torch_pruning  # noqa: F401
 import torchvision  # noqa: F401
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 import cleanai.measure.costs  # noqa: F401  # thop
 from cleanai.runtime.scenario import PROJECT
@@ -60,7 +59,15 @@ def _put(value: Any, device: torch.device) -> Any:
 
 
 def _tensors(*values: Any) -> list[torch.Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 class StandIn(TorchFunctionMode):
@@ -170,7 +177,9 @@ class StandIn(TorchFunctionMode):
             if self.fail is not None:
                 self.fail(name, [])
         made = function(*args, **{**kwargs, "device": CPU})
-        return tree_map(lambda value: _put(value, device), made)
+        for value in _tensors(made):
+            _put(value, device)
+        return made
 
     def _index(self, function: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         tensor, indices, device = args[0], _tensors(args[1]), device_of(args[0])
@@ -208,7 +217,10 @@ class StandIn(TorchFunctionMode):
             self.fail(name, tensors)
         given = {id(tensor) for tensor in tensors}
         made = function(*args, **kwargs)
-        return tree_map(lambda value: value if id(value) in given else _put(value, CUDA), made)
+        for value in _tensors(made):
+            if id(value) not in given:
+                _put(value, CUDA)
+        return made
 
     def _check_generator(self, name: str, device: torch.device, kwargs: dict[str, Any]) -> None:
         generator = kwargs.get("generator")
@@ -293,6 +305,8 @@ def cuda_stand_in(
         "set_sync_debug_mode": lambda mode: setattr(card, "debug_mode", mode),
         "empty_cache": lambda: None,
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),  # no number is drawn on the card
+        "set_rng_state": lambda state, device=None: None,
         "is_current_stream_capturing": lambda: card.capturing,
         "current_stream": lambda device=None: _Stream(),
         "Stream": _Stream,

@@ -1,0 +1,48 @@
+"""The scripts from their first line to their last on a stand-in for a card: no mixed devices anywhere in them."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+import pytest
+import torch
+
+from cleanai import exit
+from cleanai.runtime.checkpoints import read_record
+from tests.cuda.stand_in import cuda_stand_in, needs_fused_adam
+from tests.helpers import SCRIPTS, SMALL_MODEL, SWEEP, own_scripts
+
+pytestmark = needs_fused_adam
+
+FEW = ["--dataset", "Digits", "--train-samples", "48", "--batch-size", "16", "--epochs", "1"]
+CALIBRATION = ["--calibration-batches", "2", "--repair-batches", "2"]
+OPTIONS = {
+    SCRIPTS[0]: ["--weights", "none"],
+    SCRIPTS[1]: ["--coverage-metric", "combined", "--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
+    SCRIPTS[2]: ["--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
+    SWEEP: ["--ratios", "0.3", "--test-samples", "40", *CALIBRATION],
+}
+
+
+@pytest.mark.parametrize(("precision", "capability"), [("bfloat16", (8, 6)), ("float16", (7, 5))])
+def test_each_script_runs_whole(precision, capability, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exit, "_SIGNALS", [])
+    scripts = own_scripts(tmp_path, MODEL=SMALL_MODEL)
+    with cuda_stand_in(capability) as card:
+        for name, options in OPTIONS.items():
+            command = [str(scripts[name]), *FEW, *options, "--checkpoints-dir", str(tmp_path / "out")]
+            monkeypatch.setattr(sys, "argv", command)
+            with pytest.raises(SystemExit) as ending:
+                runpy.run_path(command[0], run_name="__main__")
+            printed = capsys.readouterr()
+            assert not ending.value.code, printed.err
+            assert f"Device: cuda (Stand-in), precision: {precision}" in printed.out
+    assert ("cuda", getattr(torch, precision), True) in card.autocasts
+    assert {device for device, _, enabled in card.autocasts if enabled} == {"cuda"}
+    assert all(dtype is None for _, dtype, enabled in card.autocasts if not enabled)
+    records = [read_record(path) for path in (tmp_path / "out").rglob("TS1*.json")]
+    assert len(records) == len(OPTIONS)
+    assert {record["environment"]["device_type"] for record in records} == {"cuda"}
+    pruned = [record for record in records if record.get("method") in ("Coverage", "Wanda")]
+    assert [record["models"]["original"]["latency_by"] for record in pruned] == ["as a CUDA graph"] * 2
