@@ -5,6 +5,7 @@ to results/gpu/. The status is 1 when a check fails.
 
     make test-gpu
     python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py memory compiled    # only the checks whose names contain one of these
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from cleanai.measure.latency import time_networks
 from cleanai.measure.provenance import describe_environment
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import build, resnet18_for_small_images
-from cleanai.network.training import TrainSettings, train
 from cleanai.network.training_step import TrainingStep
 from cleanai.report.wording import wrapped
 from cleanai.runtime.checkpoints import load_checkpoint, read_record
@@ -75,13 +75,18 @@ class Setup:
 
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("names", nargs="*", help="parts of names of checks (default: all checks)")
+    wanted = [name.lower() for name in parser.parse_args().names] or [""]
+    checks = {name: check for name, check in CHECKS.items() if any(part in name.lower() for part in wanted)}
+    if not checks:
+        raise UserError(f"No check has such a name. There are: {'; '.join(CHECKS)}")
     if not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA device: this check needs an NVIDIA GPU and PyTorch's CUDA build")
     compute = choose_compute("cuda", "auto")
     say(wrapped(compute.description))
     images = load_images("Digits", PROJECT / "downloaded_datasets").to(compute.device)
-    text, failed = page(Setup(compute, images), CHECKS)
+    text, failed = page(Setup(compute, images), checks)
     name = re.sub(r"\W+", "_", compute.device_name).strip("_")
     path = PROJECT / "results" / "gpu" / f"{name}.md"
     write_bytes(path, text.encode("utf-8"))
@@ -140,17 +145,14 @@ def _in_host_memory(images: ImageSet) -> ImageSet:
 
 def compiled_like_eager(setup: Setup) -> str:
     """Compiled training steps: what they compute, and how long they take."""
-    trained, milliseconds = {}, {}
-    settings = TrainSettings(epochs=2, batch_size=64)
-    images = setup.images.with_train_samples(min(512, len(setup.images.train)), 0)
+    losses, milliseconds = {}, {}
     for name, compiled in (("eager", False), ("compiled", True)):
         compute = replace(setup.compute, precision="float32", compiled=compiled)
-        trained[name] = setup.network()
-        train(trained[name], images, compute, settings)
-        compute.synchronize()
-        step = TrainingStep(trained[name].train(), images.train, compute)
+        step = TrainingStep(setup.network().train(), setup.images.train, compute)
         order = torch.arange(64, device=compute.device)
-        moves = images.train.draw_moves(64, False, torch.Generator().manual_seed(0))
+        moves = setup.images.train.draw_moves(64, False, torch.Generator().manual_seed(0))
+        # Rounding, by TF32 above all, grows from step to step: the first ones are compared.
+        losses[name] = [step(order, moves, 1e-4)[0].item() for _ in range(4)]
         for number in range(25):
             if number == 5:
                 compute.synchronize()
@@ -158,9 +160,13 @@ def compiled_like_eager(setup: Setup) -> str:
             step(order, moves, 1e-9)
         compute.synchronize()
         milliseconds[name] = (time.perf_counter() - started) / 20 * 1000
-    losses = {name: evaluate(network, images.train, setup.compute).loss for name, network in trained.items()}
-    assert abs(losses["compiled"] / losses["eager"] - 1) < 0.05, losses
-    return "; ".join(f"{name}: loss {losses[name]:.4f}, {milliseconds[name]:.2f} ms per step" for name in losses)
+    for eager, compiled in zip(losses["eager"], losses["compiled"]):
+        assert abs(compiled / eager - 1) < 0.05, losses
+    assert losses["eager"][-1] < losses["eager"][0], losses
+    return "; ".join(
+        f"{name}: losses {', '.join(f'{loss:.4f}' for loss in losses[name])}, {milliseconds[name]:.2f} ms per step"
+        for name in losses
+    )
 
 
 def resumes_across_devices(setup: Setup) -> str:
@@ -214,14 +220,17 @@ def peak_memory_is_bounded(setup: Setup) -> str:
         compute = replace(setup.compute, precision=precision)
         network = compute.place(build(model, 10))
         images = _noise(128, side).to(compute.device)
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step = TrainingStep(network.train(), images, compute)
         order, moves = torch.arange(128, device=compute.device), torch.zeros(128, 3, dtype=torch.long)
-        step(order, moves.to(compute.device), 0.001)
-        peak_gib = (torch.cuda.max_memory_allocated() - before) / GIB
-        found.append(f"{model} at {side} in {precision}: {peak_gib:.2f} GiB")
-        assert peak_gib < bound_gib + WORKSPACE_GIB, found[-1]
+        peaks_gib = []
+        for _ in range(2):  # in the first cuDNN tries algorithms with what memory there is
+            torch.cuda.reset_peak_memory_stats()
+            step(order, moves.to(compute.device), 0.001)
+            peaks_gib.append((torch.cuda.max_memory_allocated() - before) / GIB)
+        first, second = peaks_gib
+        found.append(f"{model} at {side} in {precision}: {second:.2f} GiB, in cuDNN's search {first:.2f}")
+        assert second < bound_gib + WORKSPACE_GIB, found[-1]
     return "; ".join(found)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 from torch import nn
@@ -134,6 +136,29 @@ def choose_cuts(
     channels are removed in blocks, this only approximates the budget. A random search around it then meets the budget
     with the least loss that it finds: never more than that of `known` (G,), if given.
     """
+    with _one_thread():
+        return _choose_cuts(costs, cuts, losses, budget, known)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A context for many small operations on the CPU: threads gain little there, and wait for each other where other
+    programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _choose_cuts(
+    costs: Costs,
+    cuts: list[list[int]],
+    losses: list[torch.Tensor],
+    budget: Budget,
+    known: torch.Tensor | None,
+) -> torch.Tensor:
     start = _by_exchange_rate(costs, cuts, losses, budget)
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in cuts], True)  # (G, E)
     loss = torch.nn.utils.rnn.pad_sequence([row.double() for row in losses], True)
