@@ -167,7 +167,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "repair": {
         "choices": ("full", "bn", "none"),
-        "help": "full adjusts layers by least squares after each step, and after the last one to the original network, and "
+        "help": "full adjusts layers by least squares, after each step and at the end to the original network, and "
         "recalibrates batch norm; bn only recalibrates batch norm; none does nothing",
     },
     "repair_batches": {
