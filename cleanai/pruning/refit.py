@@ -221,6 +221,7 @@ class _Pruned:
         values, total = self._inputs.pop(name), self._kept_of(name, self._targets.sums.pop(name))
         self._fit(name, values, total - output_rows(self._layers[name], other, len(values)).float())
         self._repeated = True
+        torch.clear_autocast_cache()  # or the layer would run with the former weights, cast before
         outputs = self._layers[name](values)
         if name in self._norms:
             self._norms[name].reset_running_stats()

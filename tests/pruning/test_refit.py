@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cleanai.pruning.refit import refit
+from cleanai.pruning.repair import recalibrate
+from cleanai.runtime.compute import choose_compute
 from tests.helpers import random_images
 
 SIDE = 12
@@ -80,6 +82,19 @@ def test_the_error_of_no_stream_grows_and_the_last_one_falls(images, compute, no
     ]
     assert all(after <= 1.001 * first for first, after in zip(*errors)), errors
     assert errors[1][2] < 0.5 * errors[0][2], errors
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_batch_norm_has_the_statistics_of_the_refitted_network(images, precision):
+    torch.manual_seed(0)
+    original = Residual().eval()
+    network, kept = _pruned(original, 4)
+    compute = choose_compute("cpu", precision)
+    refit(network, original, kept, images, compute, "")
+    again = copy.deepcopy(network)
+    recalibrate(again, images, compute, len(images), "")
+    for name, buffer in again.named_buffers():
+        torch.testing.assert_close(network.get_buffer(name), buffer, rtol=0.02, atol=0.02)
 
 
 def test_the_last_layer_of_a_branch_is_the_ridge_solution_for_the_stream(images, compute):
