@@ -276,6 +276,11 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
              "fine_tuned_percent": 90.0 + change, "newly_wrong": 37, "newly_right": 37 + round(10 * change)}
             for name, change in (("uçak", 1.5), ("kuş", -3.25), ("gemi", 0.0))
         ],
+        "churn": {
+            "images": 4000, "changed": 143, "changed_percent": 3.575,
+            "right_to_wrong": 60, "wrong_to_right": 48, "wrong_to_other_wrong": 35,
+            "confusions": [{"class": "kuş", "predicted": "uçak", "before": 12, "after": 21}],
+        },
         "newly_wrong": [
             {"index": 5, "class": "kuş", "predicted": "uçak", "png_base64": _png(shade)} for shade in (0, 9)
         ],

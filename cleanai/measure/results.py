@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from cleanai.data.images import Images, ImageSet
+from cleanai.measure.churn import count_changes
 from cleanai.measure.costs import count_layers, count_macs, count_parameters, size_mib
 from cleanai.measure.coverage import THRESHOLD, measure_coverage, record_profiles
 from cleanai.measure.latency import time_networks
@@ -61,6 +62,9 @@ def measure_results(
         "heldout_bits": pack(is_heldout),
         "summary": _summary(models),
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
+        "churn": count_changes(
+            evaluations["original"], evaluations["fine_tuned"], images.test, split.heldout, images.classes
+        ),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
         "coverage": _compare_coverage(networks, profiled, covered, compute),

@@ -9,6 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
+from cleanai.report.evidence_pdf import changes
 from cleanai.report.notes import notes
 from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
@@ -54,6 +55,7 @@ def pdf_report(record: Record) -> bytes:
         *section("Layers before and after pruning", *_layers(record)),
         *section("Test coverage", *_coverage(record)),
         *section("Accuracy per class", *_classes(record)),
+        *changes(record),
         *(_newly_wrong(record) if record["newly_wrong"] else []),
         *section("Inference time", *_latency(record)),
         *section("Configuration", pairs(_configuration(record), abreast=2)),

@@ -8,6 +8,7 @@ from cleanai.report.wording import (
     STAGES,
     WIDTH,
     Record,
+    changed_predictions,
     in_unit,
     method_title,
     speedup,
@@ -98,6 +99,7 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
+            *("\n" + wrapped(sentence) for sentence in changed_predictions(record)),
             *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]

@@ -65,6 +65,18 @@ def prepared_with(record: Record) -> str:
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
 
 
+def changed_predictions(record: Record) -> list[str]:
+    """How many predictions on the held-out images pruning changed: a sentence, or none in an older record."""
+    churn = record.get("churn")
+    if not churn:
+        return []
+    return [
+        f"The final network predicts another class than the original one on {churn['changed']:,} of the "
+        f"{churn['images']:,} held-out test images ({churn['changed_percent']:.2f}%): {churn['right_to_wrong']:,} right "
+        f"to wrong, {churn['wrong_to_right']:,} wrong to right, {churn['wrong_to_other_wrong']:,} wrong to another wrong."
+    ]
+
+
 def exported_as(export: Record) -> str:
     """The properties of an exported network."""
     return (

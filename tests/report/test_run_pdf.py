@@ -19,6 +19,7 @@ SECTIONS = (
     "Layers before and after pruning",
     "Test coverage",
     "Accuracy per class",
+    "Changed predictions",
     "Images that are newly wrong",
     "Inference time",
     "Configuration",
@@ -88,7 +89,7 @@ def test_the_pages_show_layers_coverage_classes_latency_and_how_to_repeat_it():
         "Neurons 4,800 4,800 4,800", "Measured on 1,000 of the calibration images", "from 1,024 training images",
         "Active channels", "Mean normalised coverage (%)",
         "kuş 90.00 85.00 86.75 -3.25 1,000 37 5 gemi 90.00 85.00 90.00 +0.00 1,000 37 37 uçak",
-        "kuş, predicted uçak", "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
+        "kuş, predicted uçak", "kuş, predicted uçak 12 21 +9", "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
         "a" * 64 + " ResNet18_CIFAR10_FTAP_NC_final.pth",
         'TS1_02_coverage_pruning.py --checkpoints-dir "D:\\Çalışma" --seed 0',
     ):  # fmt: skip

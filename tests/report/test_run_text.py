@@ -40,7 +40,10 @@ Summary
   Speedup                                                   1.14x
   Accuracy Recovery (FT)                                   +1.50%
   Final Accuracy Drop                                      -0.30%
-  FLOPs Reduction                                         20.00%"""
+  FLOPs Reduction                                         20.00%
+
+The final network predicts another class than the original one on 143 of the 4,000 held-out test
+images (3.58%): 60 right to wrong, 48 wrong to right, 35 wrong to another wrong."""
 
 
 def test_preparation_table_is_the_specified_one():
