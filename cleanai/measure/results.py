@@ -30,10 +30,16 @@ SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 
 @dataclass(frozen=True)
 class Split:
-    """The test images for calibration, and the indices (N,) of the held-out ones."""
+    """The images for calibration, and the indices (N,) of the held-out test images."""
 
     calibration: ImageSet
     heldout: torch.Tensor
+
+    @staticmethod
+    def of(images: Images, config: dict[str, Any]) -> Split:
+        """The split that the settings of a script make. Older ones have calibration on test images only."""
+        count = config["calibration_batches"] * config["batch_size"]
+        return Split(*images.calibration_split(count, config["seed"], config.get("calibrate_on", "test")))
 
 
 def measure_results(

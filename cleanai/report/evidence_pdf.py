@@ -8,6 +8,7 @@ from reportlab.platypus import Spacer
 
 from cleanai.report.charts import WIDTH
 from cleanai.report.page import section, table, text
+from cleanai.report.run_text import deployed_rows
 from cleanai.report.wording import Record, changed_predictions
 
 
@@ -29,3 +30,22 @@ def changes(record: Record) -> list[Any]:
     ]
     grown = [Spacer(1, 4), table(rows, [WIDTH * share for share in (0.4, 0.2, 0.2, 0.2)])] if confusions else []
     return section("Changed predictions", *map(text, sentences), *grown)
+
+
+def deployed(record: Record) -> list[Any]:
+    """The exported network beside PyTorch's, on all held-out images."""
+    rows = deployed_rows(record)
+    if not rows:
+        return []
+    export = record["export"]
+    images = f"All {export['heldout_images']:,} held-out test images"
+    note = f"{images}, in PyTorch and in ONNX Runtime {export['onnxruntime']}."
+    if "int8" in export:
+        note += (
+            " INT8: weights and activations have 8 bits; the ranges of activations are those of "
+            f"{export['int8']['calibration_images']:,} calibration images. How fast that is depends on the processor."
+        )
+    columns = len(rows[0]) - 1
+    return section(
+        "Deployed network", text(note), Spacer(1, 4), table(rows, [WIDTH * 0.4, *[WIDTH * 0.6 / columns] * columns])
+    )

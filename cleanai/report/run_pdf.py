@@ -9,7 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
-from cleanai.report.evidence_pdf import changes
+from cleanai.report.evidence_pdf import changes, deployed
 from cleanai.report.notes import notes
 from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
@@ -58,6 +58,7 @@ def pdf_report(record: Record) -> bytes:
         *changes(record),
         *(_newly_wrong(record) if record["newly_wrong"] else []),
         *section("Inference time", *_latency(record)),
+        *deployed(record),
         *section("Configuration", pairs(_configuration(record), abreast=2)),
         *section("Dataset and machine", pairs(_provenance(record))),
         *section("Checkpoints with their SHA-256", *_checkpoints(record)),

@@ -72,8 +72,9 @@ def changed_predictions(record: Record) -> list[str]:
         return []
     return [
         f"The final network predicts another class than the original one on {churn['changed']:,} of the "
-        f"{churn['images']:,} held-out test images ({churn['changed_percent']:.2f}%): {churn['right_to_wrong']:,} right "
-        f"to wrong, {churn['wrong_to_right']:,} wrong to right, {churn['wrong_to_other_wrong']:,} wrong to another wrong."
+        f"{churn['images']:,} held-out test images ({churn['changed_percent']:.2f}%): "
+        f"{churn['right_to_wrong']:,} right to wrong, {churn['wrong_to_right']:,} wrong to right, "
+        f"{churn['wrong_to_other_wrong']:,} wrong to another wrong."
     ]
 
 

@@ -10,7 +10,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.run_pdf import pdf_report
-from tests.helpers import EXPORT, pdf_pages, pdf_text, run_record
+from tests.helpers import EXPORT, INT8, pdf_pages, pdf_text, run_record
 
 SECTIONS = (
     "Summary",
@@ -89,7 +89,8 @@ def test_the_pages_show_layers_coverage_classes_latency_and_how_to_repeat_it():
         "Neurons 4,800 4,800 4,800", "Measured on 1,000 of the calibration images", "from 1,024 training images",
         "Active channels", "Mean normalised coverage (%)",
         "kuş 90.00 85.00 86.75 -3.25 1,000 37 5 gemi 90.00 85.00 90.00 +0.00 1,000 37 37 uçak",
-        "kuş, predicted uçak", "kuş, predicted uçak 12 21 +9", "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
+        "kuş, predicted uçak", "gemi, predicted uçak 12 21 +9",
+        "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
         "a" * 64 + " ResNet18_CIFAR10_FTAP_NC_final.pth",
         'TS1_02_coverage_pruning.py --checkpoints-dir "D:\\Çalışma" --seed 0',
     ):  # fmt: skip
@@ -117,7 +118,9 @@ def test_the_outline_leads_to_every_section_and_every_page_has_its_number():
 
 
 def test_an_export_is_in_the_report():
-    text = pdf_text(pdf_report({**run_record(), "export": EXPORT}))
+    text = pdf_text(pdf_report({**run_record(), "export": {**EXPORT, "int8": INT8}}))
+    assert "Other class than PyTorch (images) 0 31" in text
+    assert "1,024 calibration images" in text
     for expected in ("ONNX Runtime, CPU (ms) 1.50 1.25 1.00", "8.1e-06", "ONNX Runtime 1.31.1", "Some CPU, 2 threads"):
         assert expected in text
 
