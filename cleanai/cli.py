@@ -204,6 +204,11 @@ _COMMON: dict[str, dict[str, Any]] = {
         "default": 20.0,
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
+    "robustness_images": {
+        "type": _whole(0),
+        "help": "measure accuracy also on that many held-out test images with noise, blur, changed brightness and "
+        "contrast, and JPEG compression; 0 leaves it out",
+    },
     "tolerance": {
         "type": _between(0, 100, "low"),
         "default": 1.0,
@@ -224,7 +229,7 @@ _COME_WITH = {
     "precision": ("device", "deterministic", "data_dir", "fresh"),
     "weight_decay": ("compile",),
     "weights": ("models_dir",),
-    "ratio": ("export", "timing_seconds"),
+    "ratio": ("export", "timing_seconds", "robustness_images"),
     "ratios": ("tolerance",),
 }
 # What the default None means; for the others "all".
@@ -232,6 +237,7 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
+    "robustness_images": "1000, fewer for large networks",
 }
 
 

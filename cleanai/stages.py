@@ -240,6 +240,7 @@ class Run:
         return {
             **self.description(),
             **measured,
+            **self._robustness(networks, measured["models"]["original"]),
             "pruning": pruning,
             "history": history,
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
@@ -249,6 +250,19 @@ class Run:
             ],
             "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
         }
+
+    def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:
+        """The entry on disturbed images; none with --robustness-images 0."""
+        from cleanai.measure.robustness import CASES, chosen_images, measure_robustness
+        from cleanai.runtime.progress import say
+
+        if self.args.robustness_images == 0:
+            return {}
+        heldout = self.images.test.select(self.split.heldout)
+        chosen = chosen_images(heldout, self.args.robustness_images, original["macs"], self.args.seed)
+        seconds = len(CASES) * len(networks) * len(chosen) / original["throughput_images_per_s"]
+        say(f"Measuring accuracy on {len(chosen):,} disturbed images: about {seconds:.0f} s")
+        return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
 
     def description(self) -> Record:
         """The entries of a record that are not measured."""

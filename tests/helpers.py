@@ -128,7 +128,7 @@ def command_options(number, folder, *options):
     few = (
         ["--weights", "none"]
         if number == 0
-        else ["--calibration-batches", "2", "--steps", "2", "--timing-seconds", "1"]
+        else ["--calibration-batches", "2", "--steps", "2", "--timing-seconds", "1", "--robustness-images", "10"]
     )
     return [*few, *SMALL, "--checkpoints-dir", str(folder), *options]
 
@@ -285,6 +285,15 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
             "images": 4000, "changed": 143, "changed_percent": 3.575,
             "right_to_wrong": 60, "wrong_to_right": 48, "wrong_to_other_wrong": 35,
             "confusions": [{"class": "gemi", "predicted": "uçak", "before": 12, "after": 21}],
+        },
+        "robustness": {
+            "images": 1000,
+            "rows": [
+                {"corruption": name, "level": level, "original_percent": accuracy, "pruned_percent": accuracy - 2,
+                 "fine_tuned_percent": accuracy - 1}
+                for name, level, accuracy in
+                (("None", "", 92.0), ("Gaussian noise", "mild", 80.0), ("Gaussian noise", "strong", 50.5))
+            ],
         },
         "newly_wrong": [
             {"index": 5, "class": "kuş", "predicted": "uçak", "png_base64": _png(shade)} for shade in (0, 9)

@@ -9,7 +9,7 @@ from reportlab.platypus import Spacer
 from cleanai.report.charts import WIDTH
 from cleanai.report.page import section, table, text
 from cleanai.report.run_text import deployed_rows
-from cleanai.report.wording import Record, changed_predictions
+from cleanai.report.wording import STAGES, Record, changed_predictions, robustness_means, with_change
 
 
 def changes(record: Record) -> list[Any]:
@@ -30,6 +30,28 @@ def changes(record: Record) -> list[Any]:
     ]
     grown = [Spacer(1, 4), table(rows, [WIDTH * share for share in (0.4, 0.2, 0.2, 0.2)])] if confusions else []
     return section("Changed predictions", *map(text, sentences), *grown)
+
+
+def robustness(record: Record) -> list[Any]:
+    """The accuracy of the networks on disturbed images, by corruption."""
+    if "robustness" not in record:
+        return []
+    measured = record["robustness"]
+    rows = [["Corruption", *STAGES.values(), "Change (points)"]]
+    for row in measured["rows"]:
+        name = f"{row['corruption']}, {row['level']}" if row["level"] else "None: the images as they are"
+        rows.append([name, *with_change([row[f"{stage}_percent"] for stage in STAGES])])
+    rows.append(["Mean of the corruptions", *with_change(list(robustness_means(record).values()))])
+    return section(
+        "Accuracy on disturbed images",
+        text(
+            f"Accuracy (%) on {measured['images']:,} held-out test images, balanced over the classes; one image is "
+            f"{100 / measured['images']:.2g} points. Pruning made the network less robust where a change is clearly "
+            "below that of the first row. Mild and strong are levels 1 and 5 of CIFAR-10-C."
+        ),
+        Spacer(1, 4),
+        table(rows, [WIDTH * share for share in (0.36, 0.16, 0.16, 0.18, 0.14)]),
+    )
 
 
 def deployed(record: Record) -> list[Any]:

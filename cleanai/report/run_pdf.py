@@ -9,7 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
-from cleanai.report.evidence_pdf import changes, deployed
+from cleanai.report.evidence_pdf import changes, deployed, robustness
 from cleanai.report.notes import notes
 from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
@@ -28,6 +28,7 @@ from cleanai.report.wording import (
     requested_shares,
     speedup,
     timing_lines,
+    with_change,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
@@ -57,6 +58,7 @@ def pdf_report(record: Record) -> bytes:
         *section("Accuracy per class", *_classes(record)),
         *changes(record),
         *(_newly_wrong(record) if record["newly_wrong"] else []),
+        *robustness(record),
         *section("Inference time", *_latency(record)),
         *deployed(record),
         *section("Configuration", pairs(_configuration(record), abreast=2)),
@@ -159,7 +161,7 @@ def _coverage(record: Record) -> list[Any]:
     coverage = record["coverage"]
     models = [coverage["models"][name] for name in STAGES]
     rows = [["Coverage (%)", *STAGES.values(), "Change (points)"]]
-    rows += [[label, *_with_change([model[f"{key}_percent"] for model in models])] for key, label in _CRITERIA.items()]
+    rows += [[label, *with_change([model[f"{key}_percent"] for model in models])] for key, label in _CRITERIA.items()]
     rows.append(["Neurons", *(f"{model['neurons']:,}" for model in models), ""])
     hidden = [model["layers"][:-1] for model in models]  # the last layer's outputs are the classes
     panels = {
@@ -189,17 +191,12 @@ def _coverage(record: Record) -> list[Any]:
     ]
 
 
-def _with_change(values: list[float]) -> list[str]:
-    change = round(values[-1] - values[0], 2) + 0.0  # never -0.00
-    return [*(f"{value:.2f}" for value in values), f"{change:+.2f}"]
-
-
 def _classes(record: Record) -> list[Any]:
     classes = sorted(record["classes"], key=lambda row: row["fine_tuned_percent"] - row["original_percent"])
     rows = [["Class", *STAGES.values(), "Change (points)", "Images", "Newly wrong", "Newly right"]]
     for row in classes[:_MOST_CLASSES]:
         counts = [f"{row[key]:,}" for key in ("images", "newly_wrong", "newly_right")]
-        rows.append([row["name"], *_with_change([row[f"{name}_percent"] for name in STAGES]), *counts])
+        rows.append([row["name"], *with_change([row[f"{name}_percent"] for name in STAGES]), *counts])
     shown = "" if len(classes) <= _MOST_CLASSES else f" The {_MOST_CLASSES} of {len(classes)} classes that lost most."
     return [
         text(

@@ -78,6 +78,24 @@ def changed_predictions(record: Record) -> list[str]:
     ]
 
 
+def robustness_means(record: Record) -> dict[str, float]:
+    """The mean accuracy of each network over the corruptions of the held-out images, by stage."""
+    rows = record["robustness"]["rows"][1:]  # the first is of the images as they are
+    return {stage: sum(row[f"{stage}_percent"] for row in rows) / len(rows) for stage in STAGES}
+
+
+def robustness_summary(record: Record) -> list[str]:
+    """The accuracy on disturbed images: a sentence, or none where it was not measured."""
+    if "robustness" not in record:
+        return []
+    means, robustness = robustness_means(record), record["robustness"]
+    return [
+        f"On {robustness['images']:,} held-out test images with {len(robustness['rows']) - 1} corruptions (noise, "
+        f"blur, brightness, contrast, JPEG) the mean accuracy is {means['fine_tuned']:.2f}%, that of the original "
+        f"network {means['original']:.2f}%."
+    ]
+
+
 def exported_as(export: Record) -> str:
     """The properties of an exported network."""
     return (
@@ -116,6 +134,12 @@ def in_unit(quantity: str, values: list[float]) -> tuple[str, list[str]]:
     """A unit in which the first of the values is not almost zero, and all of them in it, with two decimals."""
     unit, size = next((unit, size) for unit, size, least in _UNITS[quantity] if values[0] >= least)
     return unit, [f"{value / size:.2f}" for value in values]
+
+
+def with_change(values: list[float]) -> list[str]:
+    """Values of the networks, and the change from the first to the last, with two decimals."""
+    change = round(values[-1] - values[0], 2) + 0.0  # never -0.00
+    return [*(f"{value:.2f}" for value in values), f"{change:+.2f}"]
 
 
 def interval_text(interval_points: list[float]) -> str:

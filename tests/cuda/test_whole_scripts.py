@@ -19,8 +19,18 @@ FEW = ["--dataset", "Digits", "--train-samples", "48", "--batch-size", "16", "--
 CALIBRATION = ["--calibration-batches", "2", "--repair-batches", "2"]
 OPTIONS = {
     SCRIPTS[0]: ["--weights", "none"],
-    SCRIPTS[1]: ["--coverage-metric", "combined", "--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
-    SCRIPTS[2]: ["--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
+    SCRIPTS[1]: [
+        "--coverage-metric",
+        "combined",
+        "--steps",
+        "2",
+        "--timing-seconds",
+        "0.1",
+        "--robustness-images",
+        "10",
+        *CALIBRATION,
+    ],
+    SCRIPTS[2]: ["--steps", "2", "--timing-seconds", "0.1", "--robustness-images", "10", *CALIBRATION],
     SWEEP: ["--ratios", "0.3", "--test-samples", "40", *CALIBRATION],
 }
 

@@ -43,7 +43,10 @@ Summary
   FLOPs Reduction                                         20.00%
 
 The final network predicts another class than the original one on 143 of the 4,000 held-out test
-images (3.58%): 60 right to wrong, 48 wrong to right, 35 wrong to another wrong."""
+images (3.58%): 60 right to wrong, 48 wrong to right, 35 wrong to another wrong.
+
+On 1,000 held-out test images with 2 corruptions (noise, blur, brightness, contrast, JPEG) the mean
+accuracy is 64.25%, that of the original network 65.25%."""
 
 
 def test_preparation_table_is_the_specified_one():
