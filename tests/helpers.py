@@ -201,6 +201,10 @@ _ENVIRONMENT = {
     "numpy": "1.24",
 }  # fmt: skip
 _DATASET = {"name": "CIFAR10", "source": "image folder", "train_images": 50_000, "test_images": 10_000}
+_DATASET.update(
+    classes=["uçak", "kuş", "gemi"], train_per_class=[16_000, 17_000, 17_000], test_per_class=[3_334, 3_333, 3_333]
+)
+_DATASET.update(train_sha256="b" * 64, test_sha256="c" * 64)
 EXPORT = {  # the entry of a record whose network was exported
     "file": "ResNet18_CIFAR10_FTAP_NC_final.onnx", "size_mib": 34.1, "opset": 20, "largest_difference": 8.1e-6,
     "free_image_size": True,
@@ -243,7 +247,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
     original, pruned, final = models.values()
     widths = [("conv1", 64, 64), ("layer1.0.conv1", 64, 40), ("layer4.1.conv1", 512, 384), ("fc", 10, 10)]
     names = [name for name, _, _ in widths]
-    criteria = {f"{key}_percent": 41.5 for key in ("nc", "kmnc", "nbc", "snac", "tknc")}
+    criteria = {f"{key}_percent": 41.5 for key in ("nc", "kmnc", "nbc", "snac", "tknc", "scc")}
+    by_threshold = [{"threshold": threshold, "percent": 80 - 60 * threshold} for threshold in (0, 0.25, 0.5, 0.75)]
     hidden = {**criteria, "neurons": 1200, "active_percent": 50.0, "normalized_mean_percent": 60.0}
     layers = [*({"name": name, **hidden} for name in names[1:]), {"name": "output", "neurons": 1200, **criteria}]
     return {
@@ -301,7 +306,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "coverage": {
             "profile_images": 1024, "images": 1000, "threshold": 0.25,
             "models": {
-                name: {"neurons": 4800, **criteria, "kmnc_percent": 40.0 + number,
+                name: {"neurons": 4800, **criteria, "kmnc_percent": 40.0 + number, "nc_by_threshold": by_threshold,
+                       "dead": [{"layer": "layer1.0.conv1", "count": 2, "channels": [3, 17]}],
                        "layers": [dict(layer) for layer in layers]}
                 for number, name in enumerate(models)
             },

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 
 from cleanai.data.images import Images, ImageSet
+from cleanai.measure.activity import measure_activity
 from cleanai.measure.churn import count_changes
 from cleanai.measure.costs import count_layers, count_macs, count_parameters, size_mib
 from cleanai.measure.coverage import THRESHOLD, measure_coverage, record_profiles
 from cleanai.measure.latency import time_networks
 from cleanai.measure.significance import pack
-from cleanai.network.activations import record_statistics
 from cleanai.network.evaluation import Evaluation
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
@@ -210,18 +210,12 @@ def _compare_coverage(
 
 
 def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute: Compute, name: str) -> dict[str, Any]:
-    """The coverage of a network, and the means of two channel statistics over the channels that each layer reads.
-
-    `active_percent` is the mean `frequency`, `normalized_mean_percent` the mean `normalized_mean`.
-    """
+    """The coverage of a network, with the activity of the channels that each layer reads."""
     profiles = record_profiles(network, profiled, compute, f"Ranges of neurons, {name}")
     coverage = measure_coverage(network, covered, profiles, compute, title=f"Test coverage, {name}")
-    statistics = record_statistics(
-        network, covered, compute, f"Activity of channels, {name}", ("mean_absolute", "frequency")
-    )
-    modules = dict(network.named_modules())
-    for layer in coverage["layers"][:-1]:  # no layer reads the output of the last one
-        of_consumer = statistics[modules[layer["name"]]]
-        layer["active_percent"] = 100 * of_consumer.frequency.mean().item()
-        layer["normalized_mean_percent"] = 100 * of_consumer.normalized_mean.mean().item()
-    return coverage
+    layers = coverage["layers"][:-1]  # no layer reads the output of the last one
+    names = [layer["name"] for layer in layers]
+    activity, dead = measure_activity(network, names, covered, compute, f"Activity of channels, {name}")
+    for layer in layers:
+        layer.update(activity[layer["name"]])
+    return {**coverage, "dead": dead}
