@@ -169,7 +169,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "calibration_batches": {
         "type": _whole(1),
-        "help": "batches of test images to score channels on; at most three quarters of the test images are used",
+        "help": "batches of images to score channels on; of test images at most three quarters are used",
+    },
+    "calibrate_on": {
+        "choices": ("test", "train"),
+        "help": "score channels on test images, and hold out the others; or on training images, and hold out all test "
+        "images, for those who must not use test images",
     },
     "coverage_metric": {
         "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),

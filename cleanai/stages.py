@@ -146,9 +146,10 @@ class Run:
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split.of(self.images, args.config)
+        which = "all" if args.calibrate_on == "train" else "the other"
         print(
-            f"Calibration uses {len(self.split.calibration):,} test images; "
-            f"the other {len(self.split.heldout):,} are held out"
+            f"Calibration uses {len(self.split.calibration):,} {'training' if which == 'all' else 'test'} images; "
+            f"{which} {len(self.split.heldout):,} test images are held out"
         )
         self.repair_images = self._count_repair_images(original)
         if args.fresh:

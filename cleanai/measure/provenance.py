@@ -57,9 +57,13 @@ def describe_run(
             "classes": list(images.classes),
             **{f"{part}_per_class": _per_class(images, part) for part in ("train", "test")},
             **{f"{part}_sha256": _digest(getattr(images, part)) for part in ("train", "test")},
-            **({} if calibration_images is None else {"calibration_images": calibration_images}),
+            **({} if calibration_images is None else _calibration(config, calibration_images)),
         },
     }
+
+
+def _calibration(config: dict[str, Any], images: int) -> dict[str, Any]:
+    return {"calibration_images": images, "calibrated_on": config["calibrate_on"]}
 
 
 def _per_class(images: Images, part: str) -> list[int]:

@@ -23,7 +23,9 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
 HOOKED = 2  # a pass that observes all layers takes about so many times as long
-COVERAGE_IMAGES = 1024  # calibration images, and training images for the ranges: seconds, not minutes
+COVERAGE_IMAGES = (
+    1024  # test images (for calibration, if there are), and training images for the ranges: seconds, not minutes
+)
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 
@@ -59,7 +61,9 @@ def measure_results(
     is_heldout[split.heldout] = True
     classes = compare_classes(evaluations, images)
     profiled = images.train.sample(COVERAGE_IMAGES, seed)
-    covered = split.calibration.select(torch.arange(min(COVERAGE_IMAGES, len(split.calibration))))
+    whole = len(split.heldout) == len(images.test)  # no test images served for calibration
+    of_test = images.test.select(split.heldout) if whole else split.calibration
+    covered = of_test.select(torch.arange(min(COVERAGE_IMAGES, len(of_test))))
     passes = len(networks) * (len(profiled) + 2 * len(covered))
     seconds = HOOKED * passes / models["original"]["throughput_images_per_s"]
     say(f"Measuring test coverage on {len(covered):,} images: about {seconds:.0f} s")
@@ -68,9 +72,7 @@ def measure_results(
         "heldout_bits": pack(is_heldout),
         "summary": _summary(models),
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
-        "churn": count_changes(
-            evaluations["original"], evaluations["fine_tuned"], images.test, split.heldout, images.classes
-        ),
+        **_churn(evaluations, images, split.heldout),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
         "coverage": _compare_coverage(networks, profiled, covered, compute),
@@ -139,6 +141,13 @@ def compare_classes(evaluations: dict[str, Evaluation], images: Images) -> list[
             }
         )
     return rows
+
+
+def _churn(evaluations: dict[str, Evaluation], images: Images, heldout: torch.Tensor) -> dict[str, Any]:
+    before, after = evaluations["original"], evaluations["fine_tuned"]
+    if after.predicted is None:  # an older version fine-tuned the network, and did not store it
+        return {}
+    return {"churn": count_changes(before, after, images.test, heldout, images.classes)}
 
 
 def _compare_layers(before: nn.Module, after: nn.Module, example: torch.Tensor) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from reportlab.platypus import Spacer
 
 from cleanai.report.charts import WIDTH, layers_chart
 from cleanai.report.page import table, text
-from cleanai.report.wording import STAGES, Record, counted, with_change
+from cleanai.report.wording import STAGES, Record, calibrated_on_train, counted, with_change
 
 _CRITERIA = {
     "nc": "NC: neurons active on some image",
@@ -23,6 +23,7 @@ _CRITERIA = {
 def coverage(record: Record) -> list[Any]:
     """The content of the section on test coverage."""
     measured = record["coverage"]
+    covered = "held-out test images" if calibrated_on_train(record) else "calibration images"
     models = [measured["models"][name] for name in STAGES]
     rows = [["Coverage (%)", *STAGES.values(), "Change (points)"]]
     rows += [[label, *with_change(values)] for label, values in _coverage_values(models)]
@@ -47,7 +48,7 @@ def coverage(record: Record) -> list[Any]:
         Spacer(1, 8),
         layers_chart([layer["name"] for layer in hidden[0]], panels),
         text(
-            f"Measured on {measured['images']:,} of the calibration images. A neuron is one channel of a layer's "
+            f"Measured on {measured['images']:,} of the {covered}. A neuron is one channel of a layer's "
             "output; its value for an image is the mean over all positions. NC: active above "
             f"{measured['threshold']:g} after the layer's values are scaled to [0, 1]. Ranges are from "
             f"{measured['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself when layers get "

@@ -17,6 +17,7 @@ from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
     Record,
+    calibrated_on_train,
     counted,
     exported_as,
     heldout_images,
@@ -213,15 +214,16 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
     dataset, environment = record["dataset"], record["environment"]
     device = f"{environment['device_type']}, {environment['device']}, {counted(environment['cpu_threads'], 'thread')}"
     packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
+    calibration = f"{dataset['calibration_images']:,}"
+    if calibrated_on_train(record):
+        heldout = f", all held out; calibration used {calibration} training images"
+    else:
+        heldout = f", of which {calibration} were used for calibration (held-out accuracy is on the others)"
     rows = [
         ("Original network", prepared_with(record)),
         ("Dataset", f"{dataset['name']}, {dataset['source']}"),
         ("Training images", f"{dataset['train_images']:,}{_per_class(dataset, 'train')}"),
-        (
-            "Test images",
-            f"{dataset['test_images']:,}, of which {dataset['calibration_images']:,} were used for calibration "
-            f"(held-out accuracy is on the others){_per_class(dataset, 'test')}",
-        ),
+        ("Test images", f"{dataset['test_images']:,}{heldout}{_per_class(dataset, 'test')}"),
         ("Device", device),
         ("Precision", f"{environment['precision']} for training and accuracy, float32 for inference times"),
         ("System", f"{environment['system']}, Python {environment['python']}"),

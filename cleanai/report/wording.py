@@ -41,10 +41,12 @@ def origin_lines(record: Record) -> list[str]:
         f"{dataset['train_images']:,} training and {dataset['test_images']:,} test images"
     ]
     if "calibration_images" in dataset:
-        lines.append(
-            f"Calibration: {dataset['calibration_images']:,} of the test images; "
-            f"held-out accuracy is on the other {heldout_images(record):,}"
-        )
+        heldout = f"{heldout_images(record):,}"
+        if calibrated_on_train(record):
+            calibrated, on = "training images", f"all {heldout} test images"
+        else:
+            calibrated, on = "of the test images", f"the other {heldout}"
+        lines.append(f"Calibration: {dataset['calibration_images']:,} {calibrated}; held-out accuracy is on {on}")
     if "prepared_with" in record:
         lines.append(f"Original network: {prepared_with(record)}")
     return lines
@@ -52,7 +54,13 @@ def origin_lines(record: Record) -> list[str]:
 
 def heldout_images(record: Record) -> int:
     """The number of test images that were not used for calibration."""
-    return record["dataset"]["test_images"] - record["dataset"]["calibration_images"]
+    dataset = record["dataset"]
+    return dataset["test_images"] - (0 if calibrated_on_train(record) else dataset["calibration_images"])
+
+
+def calibrated_on_train(record: Record) -> bool:
+    """Whether calibration used training images. An older record has it on test images."""
+    return record["dataset"].get("calibrated_on") == "train"
 
 
 def prepared_with(record: Record) -> str:

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.run_pdf import pdf_report
+from cleanai.runtime.scenario import PROJECT
 from tests.helpers import EXPORT, INT8, pdf_pages, pdf_text, run_record
 
 SECTIONS = (
@@ -120,6 +122,28 @@ def test_the_outline_leads_to_every_section_and_every_page_has_its_number():
     assert "The 20 of 60 classes that lost most." in " ".join(pages)
     for number, page in enumerate(pages, 1):
         assert f"Page {number}" in page
+
+
+def test_calibration_on_training_images_is_named():
+    record = run_record()
+    record["dataset"]["calibrated_on"] = "train"
+    record["heldout_bits"] = pack(np.ones(10_000, dtype=bool))
+    text = pdf_text(pdf_report(record))
+    for expected in (
+        "of the 10,000 held-out test images correctly",
+        "Measured on 1,000 of the held-out test images.",
+        "10,000, all held out; calibration used 6,000 training images",
+    ):
+        assert expected in text, expected
+
+
+def test_an_older_record_is_drawn_without_what_it_lacks():
+    for name in ("Coverage", "Wanda"):
+        path = PROJECT / "results" / "cpu-short" / f"TS1_{name}_ResNet18_CIFAR10.json"
+        text = pdf_text(pdf_report(json.loads(path.read_text(encoding="utf-8"))))
+        assert "NC: neurons active on some image" in text
+        for absent in ("Changed predictions", "disturbed", "Deployed", "Dead channels", "SCC", "SHA-256 of the"):
+            assert absent not in text, absent
 
 
 def test_an_export_is_in_the_report():

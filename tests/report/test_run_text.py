@@ -90,6 +90,10 @@ def test_origin_names_source_and_held_out_images():
         "Calibration: 6,000 of the test images; held-out accuracy is on the other 4,000",
         "Original network: from random weights, 1 epoch on 5,000 images, seed 3",
     ]
+    record["dataset"]["calibrated_on"] = "train"
+    assert origin_lines(record)[1] == (
+        "Calibration: 6,000 training images; held-out accuracy is on all 10,000 test images"
+    )
 
 
 def test_origin_names_a_file_of_weights_with_its_checksum():
