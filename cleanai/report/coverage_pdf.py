@@ -11,7 +11,6 @@ from cleanai.report.page import table, text
 from cleanai.report.wording import STAGES, Record, calibrated_on_train, counted, with_change
 
 _CRITERIA = {
-    "nc": "NC: neurons active on some image",
     "kmnc": "KMNC: sections of ranges reached",
     "nbc": "NBC: range boundaries exceeded",
     "snac": "SNAC: upper boundaries exceeded",
@@ -26,7 +25,7 @@ def coverage(record: Record) -> list[Any]:
     covered = "held-out test images" if calibrated_on_train(record) else "calibration images"
     models = [measured["models"][name] for name in STAGES]
     rows = [["Coverage (%)", *STAGES.values(), "Change (points)"]]
-    rows += [[label, *with_change(values)] for label, values in _coverage_values(models)]
+    rows += [[label, *with_change(values)] for label, values in _coverage_values(models, measured["threshold"])]
     rows.append(["Neurons", *(f"{model['neurons']:,}" for model in models), ""])
     if all("dead" in model for model in models):
         rows.append(["Dead channels", *(f"{sum(each['count'] for each in model['dead']):,}" for model in models), ""])
@@ -49,8 +48,8 @@ def coverage(record: Record) -> list[Any]:
         layers_chart([layer["name"] for layer in hidden[0]], panels),
         text(
             f"Measured on {measured['images']:,} of the {covered}. A neuron is one channel of a layer's "
-            "output; its value for an image is the mean over all positions. NC: active above "
-            f"{measured['threshold']:g} after the layer's values are scaled to [0, 1]. Ranges are from "
+            "output; its value for an image is the mean over all positions. For NC the layer's "
+            "values are scaled to [0, 1], image by image. Ranges are from "
             f"{measured['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself when layers get "
             "narrower. In the charts a channel is active above zero; its normalised coverage is its mean absolute "
             "value over the largest one in the layer. An output is named after the first layer that reads it."
@@ -59,17 +58,16 @@ def coverage(record: Record) -> list[Any]:
     ]
 
 
-def _coverage_values(models: list[Record]) -> list[tuple[str, list[float]]]:
+def _coverage_values(models: list[Record], threshold: float) -> list[tuple[str, list[float]]]:
     """The criteria of coverage, each with its values of the networks. An older record lacks some of them."""
-    by_threshold = [model.get("nc_by_threshold", []) for model in models]
-    values = [
-        (
-            f"NC: neurons above {of_threshold[0]['threshold']:g} on some image",
-            [each["percent"] for each in of_threshold],
-        )
-        for of_threshold in zip(*by_threshold)
+    by_threshold = [
+        model.get("nc_by_threshold", [{"threshold": threshold, "percent": model["nc_percent"]}]) for model in models
     ]
-    keys = [key for key in _CRITERIA if f"{key}_percent" in models[0] and not (values and key == "nc")]
+    values = [
+        (f"NC: neurons above {first['threshold']:g} on some image", [each["percent"] for each in (first, *others)])
+        for first, *others in zip(*by_threshold)
+    ]
+    keys = [key for key in _CRITERIA if f"{key}_percent" in models[0]]
     return [*values, *((_CRITERIA[key], [model[f"{key}_percent"] for model in models]) for key in keys)]
 
 
