@@ -22,6 +22,7 @@ from cleanai.runtime.compute import Compute
 LEVELS = ("mild", "strong")
 IMAGES = 1000
 LEAST_IMAGES = 100
+AT_ONCE = 250  # images that are disturbed at once, for the memory; the noise repeats from part to part
 MACS = 6e11  # of a network on the images: those of ResNet-18 on 1,000 images of CIFAR-10
 
 
@@ -71,8 +72,8 @@ CASES = [("None", ""), *((name, level) for name in CORRUPTIONS for level in LEVE
 def corrupted(images: ImageSet, name: str, level: str) -> ImageSet:
     """The same images after a corruption of `CORRUPTIONS`, mild or strong. The same ones every time."""
     corrupt, strengths = CORRUPTIONS[name]
-    pixels = corrupt(images.pixels.float() / 255, strengths[LEVELS.index(level)])
-    return replace(images, pixels=(pixels.clamp(0, 1) * 255).round().byte())
+    parts = (corrupt(part.float() / 255, strengths[LEVELS.index(level)]) for part in images.pixels.split(AT_ONCE))
+    return replace(images, pixels=torch.cat([(part.clamp(0, 1) * 255).round().byte() for part in parts]))
 
 
 def chosen_images(images: ImageSet, count: int | None, macs: int, seed: int) -> ImageSet:
