@@ -89,16 +89,7 @@ def measure_coverage(
     layers = _layers(network, images, compute)
     counts = {name: len(profile.low) for name, profile in profiles.items()}
     device = compute.device
-    covered = {
-        name: {
-            "highest": torch.full((neurons,), -torch.inf, dtype=torch.float64, device=device),  # of scaled values
-            "kmnc": torch.zeros(neurons, SECTIONS, dtype=torch.bool, device=device),
-            "nbc": torch.zeros(neurons, 2, dtype=torch.bool, device=device),
-            "tknc": torch.zeros(neurons, dtype=torch.bool, device=device),
-            "signs": torch.zeros(neurons, 2, dtype=torch.bool, device=device),
-        }
-        for name, neurons in counts.items()
-    }
+    covered = {name: _nothing_covered(neurons, device) for name, neurons in counts.items()}
     limits = {name: (profile.low.to(device), profile.high.to(device)) for name, profile in profiles.items()}
     finite = torch.ones((), dtype=torch.bool, device=device)
 
@@ -133,6 +124,13 @@ def measure_coverage(
             for name, share in shares.items()
         ],
     }
+
+
+def _nothing_covered(neurons: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the neurons of a layer have reached before the first image: flags, and the highest scaled value of each."""
+    shapes = {"kmnc": (neurons, SECTIONS), "nbc": (neurons, 2), "tknc": (neurons,), "signs": (neurons, 2)}
+    flags = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
+    return {**flags, "highest": torch.full((neurons,), -torch.inf, dtype=torch.float64, device=device)}
 
 
 def _mark(

@@ -58,6 +58,15 @@ def export_scenario(
     measured = _accuracies(placed["fine_tuned"], models, heldout, compute)
     seconds = _time(placed, models, example[:1], compute)
     final = models["fine_tuned", "onnx_runtime"]
+    of_int8: dict[str, Any] = {}
+    if int8:
+        of_int8["int8"] = {
+            "file": scenario.quantized.name,
+            "size_mib": len(models[_INT8]) / 2**20,
+            "calibration_images": min(QUANTIZE_IMAGES, len(split.calibration)),
+            **measured["onnx_runtime_int8"],
+            "latency_ms": distribution_ms(seconds[_INT8]),
+        }
     return {
         "file": scenario.exported.name,
         "size_mib": len(final) / 2**20,
@@ -73,19 +82,7 @@ def export_scenario(
             runtime: {name: distribution_ms(seconds[name, runtime]) for name in networks}
             for runtime in ("onnx_runtime", "pytorch")
         },
-        **(
-            {
-                "int8": {
-                    "file": scenario.quantized.name,
-                    "size_mib": len(models[_INT8]) / 2**20,
-                    "calibration_images": min(QUANTIZE_IMAGES, len(split.calibration)),
-                    **measured["onnx_runtime_int8"],
-                    "latency_ms": distribution_ms(seconds[_INT8]),
-                }
-            }
-            if int8
-            else {}
-        ),
+        **of_int8,
     }
 
 
