@@ -45,16 +45,19 @@ def _whole(least: int) -> Callable[[str], int]:
 
 
 def _between(low: float, high: float, including: str = "") -> Callable[[str], float]:
-    """A number between two others; `including` may name "low" or "high", which are excluded otherwise."""
-    excluded = {"": "both excluded", "low": f"{high:g} excluded", "high": f"{low:g} excluded"}[including]
+    """A number between two others; `including` may name "low", "high" or "both", which are excluded otherwise."""
+    excluded = {"": ", both excluded", "low": f", {high:g} excluded", "high": f", {low:g} excluded", "both": ""}[
+        including
+    ]
 
     def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
             number = math.nan
-        if not (low < number < high or {"low": low, "high": high}.get(including) == number):
-            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}, {excluded}")
+        included = {"low": [low], "high": [high], "both": [low, high]}.get(including, [])
+        if not (low < number < high or number in included):
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}{excluded}")
         return number
 
     return parse
@@ -139,6 +142,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
     "weight_decay": {"type": _between(0, 1, "low"), "help": "weight decay of Adam; 0 turns it off"},
+    "distil": {
+        "type": _between(0, 1, "both"),
+        "help": "distillation: share of the loss that compares the outputs with those of the original network, at a "
+        "temperature of 4; the rest is for the labels; 0 turns it off",
+    },
     "train_samples": {"type": _whole(1), "help": "train on that many images, balanced over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
     "ratio": {"type": _share("none"), "help": "share of the parameters to remove, between 0 and 1; none = no limit"},
@@ -159,8 +167,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "repair": {
         "choices": ("full", "bn", "none"),
-        "help": "after each step: full adjusts the following layers by least squares and recalibrates batch norm, bn "
-        "only recalibrates batch norm, none does nothing",
+        "help": "full adjusts layers by least squares, after each step and at the end to the original network, and "
+        "recalibrates batch norm; bn only recalibrates batch norm; none does nothing",
     },
     "repair_batches": {
         "type": _whole(1),

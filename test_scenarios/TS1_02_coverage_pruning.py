@@ -28,12 +28,13 @@ SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget
     "calibration_batches": 50,
     "calibrate_on": "test",  # their accuracy selects nothing; or "train", which holds out all test images
-    "repair": "full",  # after each step: reconstruct layers and recalibrate batch norm
-    "repair_batches": 8,  # of training images; labels are not used
+    "repair": "full",  # least squares, after each step and at the end; batch norm is recalibrated
+    "repair_batches": 24,  # of training images; labels are not used
     "epochs": 30,
     "batch_size": 128,  # if GPU memory runs out: 64 or 32
     "lr": 0.001,  # the peak, between a linear rise and a linear fall
-    "weight_decay": 0.0,
+    "weight_decay": 0.0001,
+    "distil": 0.0,  # share of the loss that compares outputs with the original network's, the rest with labels
     "train_samples": None,  # all
     "seed": 0,
     "precision": "auto",
@@ -76,7 +77,7 @@ def prune(scenario, args):
     # Fine-tune, from the last epoch that an interrupted run has saved.
     tuned = copy.deepcopy(pruned)
     history, run.evaluations["fine_tuned"] = fine_tune(
-        tuned, run.images, run.compute, TrainSettings.of(args), scenario, run.facts
+        tuned, run.images, run.compute, TrainSettings.of(args, original), scenario, run.facts
     )
     end_all_but_first()  # of several processes, as torchrun starts them
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from cleanai import UserError
 from cleanai.data.images import Images
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import load_into, save_network
-from cleanai.network.training_step import TrainingStep
+from cleanai.network.training_step import Teacher, TrainingStep
 from cleanai.runtime import distributed
 from cleanai.runtime.checkpoints import find_checkpoint
 from cleanai.runtime.compute import Compute
@@ -29,18 +29,24 @@ WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a network is trained: `lr` is the peak learning rate, `weight_decay` that of Adam."""
+    """How a network is trained: `lr` is the peak learning rate, `weight_decay` that of Adam; `teacher`, if any, its
+    teacher in distillation."""
 
     epochs: int
     batch_size: int = 128
     lr: float = 0.001
     weight_decay: float = 0.0
     seed: int = 0
+    teacher: Teacher | None = None
 
     @staticmethod
-    def of(options: Any) -> TrainSettings:
-        """The settings among the options of a script."""
-        return TrainSettings(**{field.name: getattr(options, field.name) for field in fields(TrainSettings)})
+    def of(options: Any, original: nn.Module | None = None) -> TrainSettings:
+        """The settings among the options of a script. By its option `distil` the `original` network is the teacher."""
+        names = [field.name for field in fields(TrainSettings) if field.name != "teacher"]
+        settings = TrainSettings(**{name: getattr(options, name) for name in names})
+        if original is not None and options.distil:
+            return replace(settings, teacher=Teacher(original, options.distil))
+        return settings
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -74,7 +80,7 @@ def fine_tune(
         return finished["history"], Evaluation.stored_in(finished)
     _require_even_shares(images, settings.batch_size)
 
-    step = TrainingStep(network, images.train, compute, settings.weight_decay)
+    step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
     history = _resume(network, step, scenario, facts["config"])
     if settings.epochs:
         _print_estimate(network, images, compute, settings, settings.epochs - len(history))
@@ -106,7 +112,7 @@ def fine_tune(
 def train(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings) -> None:
     """The training of `fine_tune` in place, without evaluation and without files."""
     _require_even_shares(images, settings.batch_size)
-    step = TrainingStep(network, images.train, compute, settings.weight_decay)
+    step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
     for epoch in range(1, settings.epochs + 1):
         _train_epoch(network, step, images, compute, epoch, settings)
 
@@ -135,7 +141,7 @@ def _require_even_shares(images: Images, batch_size: int) -> None:
 
 def _print_estimate(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings, epochs: int) -> None:
     """Print how long the epochs will take, from a few steps of a copy of the network."""
-    step = TrainingStep(copy.deepcopy(network).train(), images.train, compute)
+    step = TrainingStep(copy.deepcopy(network).train(), images.train, compute, teacher=settings.teacher)
     batch = torch.arange(min(settings.batch_size, len(images.train)), device=images.train.pixels.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
     for number in range(6):
@@ -145,7 +151,7 @@ def _print_estimate(network: nn.Module, images: Images, compute: Compute, settin
         step(batch, moves, rate=1e-6)
     compute.synchronize()
     seconds_per_image = (time.perf_counter() - started) / 2 / len(batch)
-    # A training step costs three forward passes.
+    # A training step costs three forward passes, and one of the teacher.
     seconds = seconds_per_image * (len(images.train) + len(images.test) / 3)
     print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {epochs * seconds / 60:.1f} minutes")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator
 
 import torch
@@ -19,15 +20,36 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
 from cleanai.runtime.memory import is_shortage
 
+TEMPERATURE = 4.0  # of distillation
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network whose outputs a training approximates, and the `weight` (0 to 1) of this part of the loss."""
+
+    network: nn.Module
+    weight: float
+
 
 class TrainingStep:
     """Adam, one batch after the other. Nothing is read from the device, so that it never waits.
 
     Each process takes its share of every batch. With `compute.compiled` the passes through the network are compiled.
+    With a `teacher` the loss is (1 - weight) of the cross-entropy and `weight` of the distillation: T^2 times the
+    divergence of the softened outputs from the teacher's, T being `TEMPERATURE` (Hinton et al. 2015, arXiv 1503.02531).
     """
 
-    def __init__(self, network: nn.Module, images: ImageSet, compute: Compute, weight_decay: float = 0.0):
-        self._images, self._compute = images, compute
+    def __init__(
+        self,
+        network: nn.Module,
+        images: ImageSet,
+        compute: Compute,
+        weight_decay: float = 0.0,
+        teacher: Teacher | None = None,
+    ):
+        self._images, self._compute, self._teacher = images, compute, teacher
+        if teacher:
+            teacher.network.eval()
         self._network = _shared(network) if distributed.processes() > 1 else network
         # Before PyTorch 2.2 fused Adam refuses the gradients of depthwise convolutions in channels-last order.
         fused = compute.device.type == "cuda" and torch.__version__ >= (2, 2)
@@ -65,16 +87,29 @@ class TrainingStep:
         inputs, labels = self._images.augmented_batch(indices[own], moves[own])
         with self._compute.repeated_shapes(), self._explain_failures():
             self._optimizer.zero_grad(set_to_none=True)
-            loss, accuracy = self._judge(inputs, labels)
+            loss, accuracy = self._judge(inputs, labels, self._softened(inputs))
             self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss.detach(), accuracy
 
-    def _loss_and_accuracy(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _softened(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """The teacher's probabilities, softened: (B, classes)."""
+        if self._teacher is None:
+            return None
+        with torch.no_grad(), self._compute.autocast():
+            return F.softmax(self._teacher.network(inputs).float() / TEMPERATURE, 1)
+
+    def _loss_and_accuracy(
+        self, inputs: torch.Tensor, labels: torch.Tensor, softened: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with self._compute.autocast():
             outputs = self._network(inputs)
             loss = F.cross_entropy(outputs, labels)
+        if softened is not None and self._teacher is not None:
+            own = F.log_softmax(outputs.float() / TEMPERATURE, 1)
+            distilled = TEMPERATURE**2 * F.kl_div(own, softened, reduction="batchmean")
+            loss = (1 - self._teacher.weight) * loss + self._teacher.weight * distilled
         return loss, (outputs.argmax(1) == labels).float().mean()
 
 

@@ -44,7 +44,7 @@ class Group:
     units: int
     consumers: dict[nn.Module, torch.Tensor]  # per layer that reads them (I,): the unit of each input, or -1
     spreads: dict[nn.Module, int]  # per consumer: features per channel, behind a flatten
-    producers: dict[nn.Module, float]  # per layer that produces or passes them: outputs per channel
+    producers: dict[nn.Module, torch.Tensor]  # per layer that produces or passes them (O,): the unit of each output
 
     def inputs(self, layer: nn.Module) -> torch.Tensor:
         """The inputs at which `layer` reads the units: (units, channels per unit), within one of its groups."""
@@ -113,7 +113,7 @@ def _group(item: tp.dependency.Group, names: dict[nn.Module, str]) -> Group | No
         return None
     units = channels // parallel
     consumers: dict[nn.Module, torch.Tensor] = {}
-    producers: dict[nn.Module, float] = {}
+    producers: dict[nn.Module, torch.Tensor] = {}
     for part in item:
         layer, cut = part.dep.layer, part.dep.pruning_fn
         if layer not in names:
@@ -124,11 +124,8 @@ def _group(item: tp.dependency.Group, names: dict[nn.Module, str]) -> Group | No
             continue
         if max(part.idxs) >= width or None in part.root_idxs:
             return None
-        if reads:
-            unit = consumers.setdefault(layer, torch.full((width,), -1))
-            unit[torch.tensor(part.idxs)] = torch.tensor(part.root_idxs) % units
-        else:
-            producers[layer] = producers.get(layer, 0) + len(part.idxs) / channels
+        unit = (consumers if reads else producers).setdefault(layer, torch.full((width,), -1))
+        unit[torch.tensor(part.idxs)] = torch.tensor(part.root_idxs) % units
     spreads = {layer: _spread(unit) if isinstance(layer, nn.Linear) else 1 for layer, unit in consumers.items()}
     if not all(_is_even(unit, units, spreads[layer], layer) for layer, unit in consumers.items()):
         return None

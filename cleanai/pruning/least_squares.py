@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cleanai.network.activations import not_finite
 from cleanai.pruning.rows import is_kept
@@ -73,6 +74,40 @@ def reconstruct_windows(layer: nn.Conv2d, outputs: torch.Tensor, windows: torch.
     change = _regression(windows, error, WINDOW_RIDGE)
     weight[:, :, kept] += change.transpose(1, 2).unflatten(2, (-1, weight.shape[3]))
     set_kernels(layer, weight)
+
+
+def fit(layer: nn.Module, norm: _BatchNorm | None, windows: torch.Tensor, targets: torch.Tensor) -> None:
+    """Change the weights of a layer so that its outputs, behind `norm` if it has one, approximate `targets`.
+
+    `windows` (groups, rows, weights of an output) are its inputs, `targets` (rows, outputs) what is to come out. The
+    ridge regression starts from the present weights, those of the batch norm folded in, and penalises changes by
+    `WINDOW_RIDGE` of the mean diagonal. The norm's scale and shift, or the layer's bias, are set as well.
+    """
+    groups = len(windows)
+    weight = layer.weight.detach().double().flatten(1).unflatten(0, (groups, -1))  # (groups, outputs per group, n)
+    targets = targets.unflatten(1, (groups, -1)).movedim(1, 0)  # (groups, rows, outputs per group)
+    shifts = norm is not None or layer.bias is not None
+    centre = windows.mean(1, keepdim=True) if shifts else torch.zeros_like(windows[:, :1])
+    goal = targets.mean(1, keepdim=True) if shifts else torch.zeros_like(targets[:, :1])
+    rows = windows - centre
+    if norm is not None:
+        scale = norm.weight.detach().double().reshape(groups, -1) / _deviation(rows, weight, norm)
+        weight = weight * scale[:, :, None]
+    error = targets - goal - rows @ weight.transpose(1, 2).to(rows)
+    weight = weight + _regression(rows, error, WINDOW_RIDGE).transpose(1, 2)
+    with torch.no_grad():
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
+        if norm is not None:
+            norm.weight.copy_(_deviation(rows, weight, norm).flatten())
+            norm.bias.copy_(goal.flatten())
+        elif layer.bias is not None:
+            layer.bias.copy_((goal.double() - centre.double() @ weight.transpose(1, 2)).flatten())
+
+
+def _deviation(rows: torch.Tensor, weight: torch.Tensor, norm: _BatchNorm) -> torch.Tensor:
+    """What `norm` divides the outputs of `weight` by: (groups, outputs per group)."""
+    outputs = (rows @ weight.transpose(1, 2).to(rows)).double()
+    return (outputs.var(1, unbiased=False) + norm.eps).sqrt()
 
 
 def zero_inputs(layer: nn.Module, removed: torch.Tensor, spread: int = 1) -> None:

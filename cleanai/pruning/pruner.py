@@ -18,6 +18,7 @@ from cleanai.network.trial import copied
 from cleanai.pruning.criteria import ActivationImportance
 from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.least_squares import gram_matrix, output_errors
+from cleanai.pruning.refit import refit
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
 from cleanai.pruning.tracing import prepared, refused, require_plain, require_working, unwrapped
@@ -28,6 +29,7 @@ from cleanai.runtime.files import one_line
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
+STEP_IMAGES = 1024  # of those for the repair, in each step
 NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
 
 
@@ -98,9 +100,9 @@ def prune_to_budget(
 
     Returns a report (`steps`: shares requested and removed after each step, in percent, and its seconds; `layers`:
     widths before and after), and a copy of the network without the same channels, not repaired. `after_step` is called
-    with the number of each step, the network and that copy, and must not change them. Both keep the mode, precision,
-    device and frozen parameters of the network; weights that two layers share are not pruned. In DataParallel the
-    network inside is pruned.
+    with the number of each step, the network as if this step were the last, and that copy, and must not change them.
+    Both keep the mode, precision, device and frozen parameters of the network; weights that two layers share are not
+    pruned. In DataParallel the network inside is pruned.
 
     Raises UserError, before anything is changed, when the shares cannot be met or the network cannot be pruned.
     """
@@ -110,7 +112,7 @@ def prune_to_budget(
     with prepared(network):
         pruning = _Pruning(network, importance, images, compute, settings)
     with torch.inference_mode(False):
-        pruning.unrepaired = copied(network)
+        pruning.original, pruning.unrepaired = copied(network), copied(network)
     widths_before = layer_widths(network)
     with prepared(network):
         pruning.prepare()
@@ -121,9 +123,15 @@ def prune_to_budget(
             removed_shares = pruning.step(title, fraction)
         seconds = time.perf_counter() - started
         steps.append({**_report(title, pruning.requested(fraction), removed_shares, seconds), "seconds": seconds})
-        if after_step is not None:
-            after_step(step, network, pruning.unrepaired)
+        if after_step is not None and step < len(settings.fractions):
+            with torch.inference_mode(False):
+                so_far = copied(network)
+            pruning.finish(so_far)
+            after_step(step, so_far, pruning.unrepaired)
         started = time.perf_counter()
+    pruning.finish(network)
+    if after_step is not None:
+        after_step(step, network, pruning.unrepaired)
     widths = layer_widths(network)
     layers = [
         {"name": name, "channels_before": width, "channels_after": widths[name]}
@@ -155,6 +163,7 @@ class _Pruning:
         self.network, self.importance, self.images = network, importance, images
         self.compute, self.settings = compute, settings
         self.shares: Sequence[float | None] = (settings.ratio, settings.macs_ratio)  # to remove, of both costs
+        self.original: nn.Module
         self.unrepaired: nn.Module
         if not (len(images.calibration) and len(images.repair)):
             raise UserError("Pruning needs at least one image for calibration, and one for the repair")
@@ -173,6 +182,8 @@ class _Pruning:
             self.goal = Budget.removing(self.before, *self.shares)
             self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
         self.remaining = _by_name(groups, planned)  # channels that each group still loses, by the last plan
+        self.step_images = images.repair.select(torch.arange(min(STEP_IMAGES, len(images.repair))))
+        self.kept = {name: torch.arange(width) for name, width in layer_widths(network).items()}  # original outputs
         # The rows of the last repair, which a step starts from.
         self.rows: tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]] = {}, {}
 
@@ -185,7 +196,7 @@ class _Pruning:
         if self.settings.repair == "full":
             spreads = _spreads(self._groups(self.network)[1])
             title = "Recalibrating batch norm"
-            self.rows = reconstruct_in_order(self.network, Targets(), spreads, self.images.repair, self.compute, title)
+            self.rows = reconstruct_in_order(self.network, Targets(), spreads, self.step_images, self.compute, title)
 
     def step(self, title: str, fraction: float) -> list[float]:
         """Prune up to a fraction of the way; return the shares of both costs that are removed then."""
@@ -207,10 +218,19 @@ class _Pruning:
         if self.settings.repair == "full":
             targets.removed = _removed_inputs(groups, units)
             self.rows = reconstruct_in_order(
-                self.network, targets, _spreads(groups), self.images.repair, self.compute, f"{title}, reconstructing"
+                self.network, targets, _spreads(groups), self.step_images, self.compute, f"{title}, reconstructing"
             )
         self._cut(graph, groups, units, title)
         return (1 - Costs(self.network, [], self.example).now / self.before).tolist()
+
+    def finish(self, network: nn.Module) -> None:
+        """The last part of the repair, of the network after its last step."""
+        if self.settings.repair == "full":
+            with prepared(network), prepared(self.original):
+                title = "Refitting to the original network"
+                refit(network, self.original, self.kept, self.images.repair, self.compute, title)
+            distributed.agree_on(network)
+            self.compute.synchronize()
 
     def _record(self, groups: list[Group], title: str) -> Targets:
         """Score statistics for the importance, and the rows before this step."""
@@ -223,7 +243,7 @@ class _Pruning:
         if spreads.keys() <= inputs.keys():
             outputs = {layer: convolved(layer, windows.pop(layer)) for layer in list(windows)}
         else:  # without a full repair, or where a layer runs more than once
-            inputs, outputs = record_rows(self.network, spreads, self.images.repair, self.compute, f"{title}, rows")
+            inputs, outputs = record_rows(self.network, spreads, self.step_images, self.compute, f"{title}, rows")
         return Targets({layer: inputs[layer] for layer in spreads}, outputs)
 
     def _choose(self, groups: list[Group], costs: Costs, losses: list[torch.Tensor], fraction: float) -> torch.Tensor:
@@ -242,6 +262,7 @@ class _Pruning:
         return removed
 
     def _cut(self, graph: tp.DependencyGraph, groups: list[Group], units: dict[str, list[int]], title: str) -> None:
+        self._note_kept(groups, units)
         for of_graph, of_groups in ((graph, groups), self._groups(self.unrepaired)):
             for group in of_groups:
                 if units[group.name]:
@@ -256,6 +277,16 @@ class _Pruning:
             )
         distributed.agree_on(self.network)
         self.compute.synchronize()
+
+    def _note_kept(self, groups: list[Group], units: dict[str, list[int]]) -> None:
+        names = {layer: name for name, layer in self.network.named_modules() if name in self.kept}
+        removed = {layer: torch.zeros(len(self.kept[name]), dtype=torch.bool) for layer, name in names.items()}
+        for group in groups:
+            for layer, unit in group.producers.items():
+                if layer in removed:
+                    removed[layer] |= torch.isin(unit, torch.tensor(units[group.name], dtype=torch.long))
+        for layer, name in names.items():
+            self.kept[name] = self.kept[name][~removed[layer]]
 
     def _groups(self, network: nn.Module) -> tuple[tp.DependencyGraph, list[Group]]:
         graph, groups = find_groups(network, self.example)

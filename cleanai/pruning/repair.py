@@ -54,7 +54,7 @@ def most_images(network: nn.Module, example: torch.Tensor) -> int:
 def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_size: int, title: str) -> None:
     """Set the running means and variances of batch norm to plain averages over `images`."""
     # torch's update_bn would put dropout and stochastic depth into training mode as well.
-    with _new_averages(network) as norms, torch.inference_mode(), compute.autocast():
+    with new_averages(network) as norms, torch.inference_mode(), compute.autocast():
         # Every batch counts alike: a smaller last one is left out.
         batches = max(1, len(images) // batch_size) if norms else 0
         for inputs, _ in progress(itertools.islice(images.batches(batch_size), batches), title, "batch", batches):
@@ -62,7 +62,7 @@ def recalibrate(network: nn.Module, images: ImageSet, compute: Compute, batch_si
 
 
 @contextlib.contextmanager
-def _new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
+def new_averages(network: nn.Module) -> Iterator[list[_BatchNorm]]:
     """Let batch norm normalise by each batch and average over the batches. All else is in evaluation mode."""
     norms = [m for m in network.eval().modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -121,7 +121,7 @@ def reconstruct_in_order(
 
     handles = [layer.register_forward_pre_hook(repair) for layer in spreads]
     try:
-        with _new_averages(network) as norms, torch.no_grad(), compute.autocast():
+        with new_averages(network) as norms, torch.no_grad(), compute.autocast():
             network(next(images.batches(len(images)))[0])
     finally:
         for handle in handles:

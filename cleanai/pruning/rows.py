@@ -12,6 +12,7 @@ from cleanai.runtime.compute import Compute
 NO_CHANNELS = torch.tensor([], dtype=torch.long)
 ROWS = 2**14  # of a layer's inputs: 32 for each of 512 channels
 WINDOWS = 2**13  # of a convolution's kernel windows
+FIT_ROWS = 2**15  # of a layer's inputs and outputs at the end of the repair
 ROWS_PER_WEIGHT = 4  # with fewer, least squares overfits the repair images
 
 
@@ -70,13 +71,57 @@ def window_rows(
     from each group. None for layers other than convolutions, kernels of 1x1, padding by name or with other values than
     zero, and when there are fewer than `ROWS_PER_WEIGHT` rows for each weight of an output.
     """
-    if (
-        not isinstance(layer, nn.Conv2d)
-        or layer.kernel_size == (1, 1)
-        or layer.padding_mode != "zeros"
-        or isinstance(layer.padding, str)
-    ):
+    if not _has_windows(layer) or layer.kernel_size == (1, 1):
         return None
+    outputs = _output_sides(layer, values)
+    chosen = _chosen(outputs[0] * outputs[1], WINDOWS // images)
+    kept = is_kept(layer.weight.shape[1], removed)
+    if min(WINDOWS, len(chosen) * images) < ROWS_PER_WEIGHT * int(kept.sum()) * layer.weight[0, 0].numel():
+        return None
+    return _windows(layer, values, chosen)[:, :, kept].flatten(2)
+
+
+def input_windows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.Tensor | None:
+    """The inputs of each of the `output_rows` of `layer`: (groups, rows, C * kernel positions).
+
+    None for layers other than convolutions in two dimensions, padded with zeros, and linear layers.
+    """
+    if isinstance(layer, nn.Linear):
+        return output_rows(layer, values, images)[None]
+    if not _has_windows(layer):
+        return None
+    height, width = _output_sides(layer, values)
+    return _windows(layer, values, _chosen(height * width, FIT_ROWS // images)).flatten(2)
+
+
+def output_rows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.Tensor:
+    """Values in the shape of the outputs of `layer`, a row per image and position: (rows, C).
+
+    At most `FIT_ROWS` rows for that many `images`, at least one per image, from seeded random positions, the same in
+    every image.
+    """
+    if isinstance(layer, nn.Linear):
+        rows = values.reshape(len(values), -1, values.shape[-1])
+    else:
+        rows = values.flatten(2).movedim(1, 2)
+    return rows[:, _chosen(rows.shape[1], FIT_ROWS // images).to(rows.device)].flatten(0, 1)
+
+
+def _has_windows(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _output_sides(layer: nn.Conv2d, values: torch.Tensor) -> list[int]:
+    return [
+        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for side, kernel, stride, padding, dilation in zip(
+            values.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        )
+    ]
+
+
+def _windows(layer: nn.Conv2d, values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The windows under the kernel at the `chosen` outputs: (groups, rows, C of each group, kernel positions)."""
     places, inside = [], []  # per side (outputs, kernel): the input position, and whether it is not padding
     for side, kernel, stride, padding, dilation in zip(
         values.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
@@ -85,16 +130,11 @@ def window_rows(
         unclamped = starts[:, None] + dilation * torch.arange(kernel)
         places.append(unclamped.clamp(0, side - 1))
         inside.append(unclamped == places[-1])
-    chosen = _chosen(len(places[0]) * len(places[1]), WINDOWS // images)
-    kept = is_kept(layer.weight.shape[1], removed)
-    if min(WINDOWS, len(chosen) * images) < ROWS_PER_WEIGHT * int(kept.sum()) * layer.weight[0, 0].numel():
-        return None
     row, column = chosen.div(len(places[1]), rounding_mode="floor"), chosen % len(places[1])
     down, right = (index.to(values.device) for index in (places[0][row][:, :, None], places[1][column][:, None]))
     rows = values.permute(0, 2, 3, 1)[:, down, right]  # (images, rows, kernel height and width, channels)
     rows *= (inside[0][row][:, :, None] & inside[1][column][:, None]).unsqueeze(-1).to(rows)
-    rows = rows.movedim(-1, 2).flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0)
-    return rows[:, :, kept].flatten(2)
+    return rows.movedim(-1, 2).flatten(0, 1).unflatten(1, (layer.groups, -1)).movedim(1, 0)
 
 
 def convolved(layer: nn.Conv2d, windows: torch.Tensor) -> torch.Tensor:

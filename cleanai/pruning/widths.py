@@ -33,8 +33,8 @@ class Costs:
         layers += [layer for layer in positions if layer not in layers]
         table = torch.tensor([_layer_costs(layer, positions.get(layer, 0)) for layer in layers], dtype=torch.float64)
         self._inputs, self._outputs, self._weights, self._macs, self._biases, self._output_macs = table.T
-        self._reads = _lost_per_channel(layers, [_inputs_per_channel(group) for group in groups])
-        self._writes = _lost_per_channel(layers, [group.producers for group in groups])
+        self._reads = _lost_per_channel(layers, [(group.consumers, group.channels) for group in groups])
+        self._writes = _lost_per_channel(layers, [(group.producers, group.channels) for group in groups])
         self._rest = torch.zeros(2, dtype=torch.float64)
         nothing = torch.zeros(len(groups), dtype=torch.float64)
         self._rest[0] = sum(p.numel() for p in network.parameters()) - self(nothing)[0]
@@ -49,12 +49,13 @@ class Costs:
         return torch.stack([parameters, macs], -1) + self._rest
 
 
-def _inputs_per_channel(group: Group) -> dict[nn.Module, float]:
-    return {layer: (unit >= 0).sum().item() / group.channels for layer, unit in group.consumers.items()}
-
-
-def _lost_per_channel(layers: list[nn.Module], lost: list[dict[nn.Module, float]]) -> torch.Tensor:
-    return torch.tensor([[row.get(layer, 0.0) for layer in layers] for row in lost], dtype=torch.float64)  # (G, L)
+def _lost_per_channel(layers: list[nn.Module], groups: list[tuple[dict[nn.Module, torch.Tensor], int]]) -> torch.Tensor:
+    """How many inputs or outputs each layer loses with a channel of each group: (G, L)."""
+    rows = [
+        [(units[layer] >= 0).sum().item() / channels if layer in units else 0.0 for layer in layers]
+        for units, channels in groups
+    ]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(groups), len(layers))
 
 
 _WIDTHS = ("out_channels", "num_features", "num_parameters")  # of a convolution, a norm, a PReLU

@@ -10,7 +10,7 @@ from cleanai.network import training
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import load_network, resnet18_for_small_images
 from cleanai.network.training import TrainSettings, fine_tune, learning_rate, train
-from cleanai.network.training_step import TrainingStep
+from cleanai.network.training_step import Teacher, TrainingStep
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.scenario import Scenario
 from tests.small_network import SmallNetwork
@@ -67,6 +67,24 @@ def test_training_without_files_is_the_same_training(start, few, compute, tmp_pa
     fine_tune(start, few, compute, settings, _scenario(tmp_path), FACTS)
     train(without_files, few, compute, settings)
     torch.testing.assert_close(dict(without_files.state_dict()), dict(start.state_dict()))
+
+
+def test_distillation_compares_softened_outputs_and_leaves_the_teacher_alone(start, few, compute):
+    torch.manual_seed(3)
+    teacher = resnet18_for_small_images(10)
+    before = copy.deepcopy(teacher.state_dict())
+    chosen, unshifted = torch.arange(8), torch.tensor([[2, 2, 0]] * 8)
+    inputs, labels = next(few.train.select(chosen).batches(8))
+    with torch.no_grad():
+        own = copy.deepcopy(start).train()(inputs)
+        goal = (teacher.eval()(inputs) / 4).softmax(1)
+    distilled = 16 * (goal * (goal.log() - (own / 4).log_softmax(1))).sum(1).mean()
+    expected = 0.25 * nn.functional.cross_entropy(own, labels) + 0.75 * distilled
+    step = TrainingStep(start.train(), few.train, compute, teacher=Teacher(teacher.train(), 0.75))
+    losses = [step(chosen, unshifted, rate=0.001)[0] for _ in range(4)]
+    torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-4)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
 def test_weight_decay_is_that_of_adam(start, few, compute):

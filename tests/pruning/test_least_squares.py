@@ -9,12 +9,13 @@ from torch import nn
 from cleanai.pruning.least_squares import (
     RIDGE,
     WINDOW_RIDGE,
+    fit,
     gram_matrix,
     output_errors,
     reconstruct,
     reconstruct_windows,
 )
-from cleanai.pruning.rows import NO_CHANNELS, record_rows, window_rows
+from cleanai.pruning.rows import NO_CHANNELS, input_windows, output_rows, record_rows, window_rows
 
 # The layer that reads 8 channels of 6 x 6 positions, and its features per channel.
 CONSUMERS = {
@@ -181,3 +182,15 @@ def test_each_weight_of_a_kernel_is_the_least_squares_solution(two_convolutions,
         torch.testing.assert_close(new, torch.linalg.lstsq(rows, target).solution.T, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(new, old, atol=1e-3)
     assert not layer.weight[:, REMOVED].any()
+
+
+def test_a_layer_that_meets_its_targets_computes_the_same_after_the_fit(two_convolutions, images):
+    """But for a shift. Its batch norm is folded in, and the penalty pulls to the present weights."""
+    layer, norm = two_convolutions[2], nn.BatchNorm2d(6).train()
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.uniform_(norm.bias, -1, 1)
+    with torch.no_grad():
+        values = two_convolutions[:2](next(images.batches(50))[0])
+        expected = norm(layer(values)) + 0.5
+        fit(layer, norm, input_windows(layer, values, 50), output_rows(layer, expected, 50))
+        torch.testing.assert_close(norm(layer(values)), expected, rtol=1e-3, atol=1e-3)
