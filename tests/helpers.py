@@ -259,7 +259,7 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
             "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60, "calibrate_on": "test",
             "repair": "full", "repair_batches": 8,
-            "epochs": 3, "batch_size": 100, "lr": 0.001, "weight_decay": 0.0, "train_samples": None, "seed": 0,
+            "epochs": 3, "batch_size": 100, "lr": 0.001, "weight_decay": 0.0, "distil": 0.0, "train_samples": None, "seed": 0,
             "precision": "auto", "fine_tuned_model": "0" * 16,
         },
         "environment": dict(_ENVIRONMENT),
