@@ -19,6 +19,7 @@ from cleanai import UserError, cli
 from cleanai.data.images import ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
+from cleanai.measure.results import Split
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
 from cleanai.network.training import TrainSettings, train
@@ -40,7 +41,8 @@ def main() -> None:
     scenarios = {method: preparation.of(method) for method in METHODS}
     records = {method: finished(scenario) for method, scenario in scenarios.items()}
     configs = [record["config"] for record in records.values()]
-    if any(configs[0][name] != configs[1][name] for name in (*TRAIN_SETTINGS, "train_samples", "calibration_batches")):
+    same = (*TRAIN_SETTINGS, "train_samples", "calibration_batches", "calibrate_on")
+    if any(configs[0].get(name) != configs[1].get(name) for name in same):
         raise UserError("Scripts 2 and 3 were run with different settings: run both with the same, --fresh")
     config = configs[0]
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
@@ -49,7 +51,7 @@ def main() -> None:
     read_as = ImageSettings.of(next(iter(records.values()))["prepared_with"])
     images = load_images(args.dataset, args.data_dir, read_as)
     images = images.with_train_samples(config["train_samples"], settings.seed).to(compute.device)
-    _, heldout = images.calibration_split(config["calibration_batches"] * settings.batch_size, settings.seed)
+    heldout = Split.of(images, config).heldout
 
     path = FOLDER / f"{preparation.name}.csv"
     facts = {"epochs": settings.epochs, "train_images": len(images.train), "lr": settings.lr, "seed": settings.seed}

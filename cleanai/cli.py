@@ -177,7 +177,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "calibration_batches": {
         "type": _whole(1),
-        "help": "batches of test images to score channels on; at most three quarters of the test images are used",
+        "help": "batches of images to score channels on; of test images at most three quarters are used",
+    },
+    "calibrate_on": {
+        "choices": ("test", "train"),
+        "help": "score channels on test images, and hold out the others; or on training images, and hold out all test "
+        "images, for those who must not use test images",
     },
     "coverage_metric": {
         "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),
@@ -212,16 +217,22 @@ _COMMON: dict[str, dict[str, Any]] = {
         "default": 20.0,
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
+    "robustness_images": {
+        "type": _whole(0),
+        "help": "measure accuracy also on that many held-out test images with noise, blur, changed brightness and "
+        "contrast, and JPEG compression; 0 leaves it out",
+    },
     "tolerance": {
         "type": _between(0, 100, "low"),
         "default": 1.0,
         "help": "how many percentage points of accuracy the answer lets a network lose; changes no measurement",
     },
     "export": {
-        "choices": ("none", "onnx", "pt2"),
+        "choices": ("none", "onnx", "onnx-int8", "pt2"),
         "default": "none",
-        "help": "onnx: write the final model as ONNX too, and time it in ONNX Runtime; pt2: write it as a program that "
-        "PyTorch runs without this project; for a finished run, repeat its options",
+        "help": "onnx: write the final model as ONNX too, and measure it in ONNX Runtime on the held-out test images; "
+        "onnx-int8: also with weights and activations of 8 bits; pt2: write it as a program that PyTorch runs without "
+        "this project; for a finished run, repeat its options",
     },
     "fresh": {"action": "store_true", "help": "start over: delete the results of this script for this dataset"},
 }
@@ -231,7 +242,7 @@ _COME_WITH = {
     "precision": ("device", "deterministic", "data_dir", "fresh"),
     "weight_decay": ("compile",),
     "weights": ("models_dir",),
-    "ratio": ("export", "timing_seconds"),
+    "ratio": ("export", "timing_seconds", "robustness_images"),
     "ratios": ("tolerance",),
 }
 # What the default None means; for the others "all".
@@ -239,6 +250,7 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
+    "robustness_images": "1000, fewer for large networks",
 }
 
 
@@ -292,8 +304,8 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
-        if args.export == "onnx":
-            require_packages("--export onnx", ONNX)
+        if args.export.startswith("onnx"):
+            require_packages(f"--export {args.export}", ONNX)
         if args.export == "pt2":
             require_torch_export("--export pt2")
     if "flip" in settings:

@@ -82,6 +82,8 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
     print(f"Report: {scenario.report}")
     if "export" in record:
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
+    if "int8" in record.get("export", {}):
+        print(f"ONNX in 8 bits: {scenario.quantized}")
     if scenario.standalone.exists():
         print(f"PyTorch program: {scenario.standalone}")
     if not_exported:
@@ -90,11 +92,14 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
 
 def _export(scenario: Scenario, record: Record, args: Options) -> None:
     """Write the final network in the form that --export asks for, unless it is there."""
-    if args.export == "onnx" and not ("export" in record and scenario.exported.exists()):
-        from cleanai.measure.onnx_export import export_scenario
+    int8 = args.export == "onnx-int8"
+    files = [scenario.exported, *([scenario.quantized] if int8 else [])]
+    measured = ("int8" if int8 else "disagreements") in record.get("export", {})  # older records lack some of it
+    if args.export.startswith("onnx") and not (measured and all(file.exists() for file in files)):
+        from cleanai.measure.deployment import export_scenario
 
         with only_run(scenario):
-            record["export"] = export_scenario(scenario, args.data_dir, args.timing_seconds)
+            record["export"] = export_scenario(scenario, record, args.data_dir, args.timing_seconds, int8)
             save_record(scenario, record)
     if args.export == "pt2" and not scenario.standalone.exists():
         from cleanai.measure.standalone import save_scenario
@@ -140,10 +145,11 @@ class Run:
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
-        self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
+        self.split = Split.of(self.images, args.config)
+        which = "all" if args.calibrate_on == "train" else "the other"
         print(
-            f"Calibration uses {len(self.split.calibration):,} test images; "
-            f"the other {len(self.split.heldout):,} are held out"
+            f"Calibration uses {len(self.split.calibration):,} {'training' if which == 'all' else 'test'} images; "
+            f"{which} {len(self.split.heldout):,} test images are held out"
         )
         self.repair_images = self._count_repair_images(original)
         if args.fresh:
@@ -235,6 +241,7 @@ class Run:
         return {
             **self.description(),
             **measured,
+            **self._robustness(networks, measured["models"]["original"]),
             "pruning": pruning,
             "history": history,
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
@@ -244,6 +251,19 @@ class Run:
             ],
             "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
         }
+
+    def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:
+        """The entry on disturbed images; none with --robustness-images 0."""
+        from cleanai.measure.robustness import CASES, chosen_images, measure_robustness
+        from cleanai.runtime.progress import say
+
+        if self.args.robustness_images == 0:
+            return {}
+        heldout = self.images.test.select(self.split.heldout)
+        chosen = chosen_images(heldout, self.args.robustness_images, original["macs"], self.args.seed)
+        seconds = len(CASES) * len(networks) * len(chosen) / original["throughput_images_per_s"]
+        say(f"Measuring accuracy on {len(chosen):,} disturbed images: about {seconds:.0f} s")
+        return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
 
     def description(self) -> Record:
         """The entries of a record that are not measured."""

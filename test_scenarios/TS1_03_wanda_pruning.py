@@ -25,7 +25,8 @@ SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "macs_ratio": "same",  # share of the FLOPs to remove: the same, a number, or None
     "steps": 5,
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget
-    "calibration_batches": 50,  # of test images; their accuracy selects nothing
+    "calibration_batches": 50,
+    "calibrate_on": "test",  # their accuracy selects nothing; or "train", which holds out all test images
     "repair": "full",  # least squares, after each step and at the end; batch norm is recalibrated
     "repair_batches": 24,  # of training images; labels are not used
     "epochs": 30,

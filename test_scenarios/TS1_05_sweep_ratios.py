@@ -26,7 +26,8 @@ SETTINGS = {  # each is also an option: --ratios, --test-samples, ...
     "dataset": "CIFAR10",
     "ratios": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],  # of the parameters, and of the FLOPs
     "epochs": 0,  # of fine-tuning, at each ratio
-    "calibration_batches": 50,  # of test images; accuracy is measured on others
+    "calibration_batches": 50,
+    "calibrate_on": "test",  # accuracy is measured on others; or "train", which holds out all test images
     "repair_batches": 8,  # of training images; labels are not used
     "batch_size": 128,  # if GPU memory runs out: 64 or 32
     "lr": 0.001,  # the peak, between a linear rise and a linear fall
@@ -50,8 +51,7 @@ def main():
     record["answer"] = sweep_answer(record)
     print(f"\n{sweep_text(record)}\n", flush=True)
     stages.save_reports(scenario, record, sweep_csv(record), pdf_sweep(record))
-    print(f"Report: {scenario.report}")
-    print(f"Table: {scenario.table}\nRecord: {scenario.record}")
+    print(f"Report: {scenario.report}\nTable: {scenario.table}\nRecord: {scenario.record}")
 
 
 def measure(scenario, args):

@@ -128,7 +128,7 @@ def command_options(number, folder, *options):
     few = (
         ["--weights", "none"]
         if number == 0
-        else ["--calibration-batches", "2", "--steps", "2", "--timing-seconds", "1"]
+        else ["--calibration-batches", "2", "--steps", "2", "--timing-seconds", "1", "--robustness-images", "10"]
     )
     return [*few, *SMALL, "--checkpoints-dir", str(folder), *options]
 
@@ -201,14 +201,23 @@ _ENVIRONMENT = {
     "numpy": "1.24",
 }  # fmt: skip
 _DATASET = {"name": "CIFAR10", "source": "image folder", "train_images": 50_000, "test_images": 10_000}
+_DATASET.update(
+    classes=["uçak", "kuş", "gemi"], train_per_class=[16_000, 17_000, 17_000], test_per_class=[3_334, 3_333, 3_333]
+)
+_DATASET.update(train_sha256="b" * 64, test_sha256="c" * 64)
 EXPORT = {  # the entry of a record whose network was exported
     "file": "ResNet18_CIFAR10_FTAP_NC_final.onnx", "size_mib": 34.1, "opset": 20, "largest_difference": 8.1e-6,
     "free_image_size": True,
     "device": "Some CPU", "cpu_threads": 2, "onnxruntime": "1.31.1",
+    "heldout_images": 4000, "pytorch_accuracy_percent": 91.6, "accuracy_heldout_percent": 91.6, "disagreements": 0,
     "latency_ms": {
         "onnx_runtime": {"original": {"mean": 1.5}, "pruned": {"mean": 1.25}, "fine_tuned": {"mean": 1.0}},
         "pytorch": {"original": {"mean": 3.0}, "pruned": {"mean": 2.5}, "fine_tuned": {"mean": 2.0}},
     },
+}  # fmt: skip
+INT8 = {  # what that entry holds as well when the network was quantised
+    "file": "ResNet18_CIFAR10_FTAP_NC_final_int8.onnx", "size_mib": 8.61, "calibration_images": 1024,
+    "accuracy_heldout_percent": 91.45, "disagreements": 31, "latency_ms": {"mean": 0.6},
 }  # fmt: skip
 
 
@@ -238,7 +247,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
     original, pruned, final = models.values()
     widths = [("conv1", 64, 64), ("layer1.0.conv1", 64, 40), ("layer4.1.conv1", 512, 384), ("fc", 10, 10)]
     names = [name for name, _, _ in widths]
-    criteria = {f"{key}_percent": 41.5 for key in ("nc", "kmnc", "nbc", "snac", "tknc")}
+    criteria = {f"{key}_percent": 41.5 for key in ("nc", "kmnc", "nbc", "snac", "tknc", "scc")}
+    by_threshold = [{"threshold": threshold, "percent": 80 - 60 * threshold} for threshold in (0, 0.25, 0.5, 0.75)]
     hidden = {**criteria, "neurons": 1200, "active_percent": 50.0, "normalized_mean_percent": 60.0}
     layers = [*({"name": name, **hidden} for name in names[1:]), {"name": "output", "neurons": 1200, **criteria}]
     return {
@@ -247,13 +257,13 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "config": {
             "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2,
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
-            "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60,
+            "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60, "calibrate_on": "test",
             "repair": "full", "repair_batches": 8,
-            "epochs": 3, "batch_size": 100, "lr": 0.001, "weight_decay": 0.0, "train_samples": None, "seed": 0,
-            "precision": "auto", "fine_tuned_model": "0" * 16,
+            "epochs": 3, "batch_size": 100, "lr": 0.001, "weight_decay": 0.0, "distil": 0.0,
+            "train_samples": None, "seed": 0, "precision": "auto", "fine_tuned_model": "0" * 16,
         },
         "environment": dict(_ENVIRONMENT),
-        "dataset": {**_DATASET, "calibration_images": 6_000},
+        "dataset": {**_DATASET, "calibration_images": 6_000, "calibrated_on": "test"},
         "prepared_with": {**_PREPARED_WITH, "conditions": "bfloat16, 50,000 + 10,000 images from image folder"},
         "models": models,
         "heldout_bits": pack(_heldout()),
@@ -276,13 +286,28 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
              "fine_tuned_percent": 90.0 + change, "newly_wrong": 37, "newly_right": 37 + round(10 * change)}
             for name, change in (("uçak", 1.5), ("kuş", -3.25), ("gemi", 0.0))
         ],
+        "churn": {
+            "images": 4000, "changed": 143, "changed_percent": 3.575,
+            "right_to_wrong": 60, "wrong_to_right": 48, "wrong_to_other_wrong": 35,
+            "confusions": [{"class": "gemi", "predicted": "uçak", "before": 12, "after": 21}],
+        },
+        "robustness": {
+            "images": 1000,
+            "rows": [
+                {"corruption": name, "level": level, "original_percent": accuracy, "pruned_percent": accuracy - 2,
+                 "fine_tuned_percent": accuracy - 1}
+                for name, level, accuracy in
+                (("None", "", 92.0), ("Gaussian noise", "mild", 80.0), ("Gaussian noise", "strong", 50.5))
+            ],
+        },
         "newly_wrong": [
             {"index": 5, "class": "kuş", "predicted": "uçak", "png_base64": _png(shade)} for shade in (0, 9)
         ],
         "coverage": {
             "profile_images": 1024, "images": 1000, "threshold": 0.25,
             "models": {
-                name: {"neurons": 4800, **criteria, "kmnc_percent": 40.0 + number,
+                name: {"neurons": 4800, **criteria, "kmnc_percent": 40.0 + number, "nc_by_threshold": by_threshold,
+                       "dead": [{"layer": "layer1.0.conv1", "count": 2, "channels": [3, 17]}],
                        "layers": [dict(layer) for layer in layers]}
                 for number, name in enumerate(models)
             },

@@ -15,8 +15,8 @@ from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic", "--compile"}
 OTHER_OPTIONS = {
     SCRIPTS[0]: COMMON | {"--models-dir"},
-    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds"},
-    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds"},
+    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds", "--robustness-images"},
+    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds", "--robustness-images"},
     COMPARE: {"--checkpoints-dir"},
     SWEEP: COMMON | {"--tolerance"},
 }

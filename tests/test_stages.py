@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cleanai import UserError, image_set, stages
-from cleanai.measure import onnx_export
+from cleanai.data.images import Images
+from cleanai.measure import deployment
 from cleanai.measure.latency import Times
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
@@ -31,7 +32,7 @@ def test_a_network_that_cannot_be_exported_leaves_the_finished_run_and_its_repor
     def refuse(*_):
         raise UserError("it cannot be exported")
 
-    monkeypatch.setattr(onnx_export, "export_scenario", refuse)
+    monkeypatch.setattr(deployment, "export_scenario", refuse)
     record = read_record(scenario.record)
     with pytest.raises(UserError, match="it cannot be exported"):
         stages.publish(scenario, dict(record), _options(scenario))
@@ -49,12 +50,14 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
             call()
         return {key: Times([0.001, 0.002], 0.0) for key in calls}
 
-    images = image_set(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    part = image_set(torch.randint(0, 256, (10_000, 3, 8, 8), dtype=torch.uint8))
+    images, record = Images(part, part, ["a", "b"], False, "random images"), run_record("Wanda")
+    record["dataset"]["train_images"] = 10_000
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    monkeypatch.setattr(onnx_export, "time_in_turns", timed)
-    monkeypatch.setattr(onnx_export, "load_network", lambda path, model: network)
-    monkeypatch.setattr(onnx_export, "final_images", lambda scenario, data_dir: (images, ["a", "b"]))
-    stages.publish(scenario, run_record("Wanda"), _options(scenario))
+    monkeypatch.setattr(deployment, "time_in_turns", timed)
+    monkeypatch.setattr(deployment, "load_network", lambda path, model: network)
+    monkeypatch.setattr(deployment, "scenario_images", lambda scenario, data_dir: images)
+    stages.publish(scenario, record, _options(scenario))
     assert given == [7.0]
     assert read_record(scenario.record)["export"].keys() == EXPORT.keys()
     assert scenario.exported.exists()

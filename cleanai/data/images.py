@@ -192,12 +192,16 @@ class Images:
                 "--checkpoints-dir"
             )
 
-    def calibration_split(self, count: int, seed: int) -> tuple[ImageSet, torch.Tensor]:
-        """`count` test images for calibration, and the indices of the other, held-out test images.
+    def calibration_split(self, count: int, seed: int, source: str = "test") -> tuple[ImageSet, torch.Tensor]:
+        """`count` images for calibration, and the indices of the held-out test images, in a balanced order.
 
-        At least a quarter of the test images is held out, for an accuracy that the calibration did not influence.
+        Calibration images are test images, and the others are held out: at least a quarter, for an accuracy that the
+        calibration did not influence. With the source "train" they are training images, the last that `repair_sample`
+        takes, and all test images are held out.
         """
         order = balanced_order(self.test.labels, seed)
+        if source == "train":
+            return self.train.select(balanced_order(self.train.labels, seed).flip(0)[:count]), order
         count = min(count, len(order) * 3 // 4)
         return self.test.select(order[:count]), order[count:]
 

@@ -23,8 +23,9 @@ from cleanai.network.activations import CONSUMERS, not_finite, observe
 from cleanai.runtime.compute import Compute
 
 OUTPUT = "output"  # the name of the last layer's output, which no layer reads
-CRITERIA = ("nc", "kmnc", "nbc", "snac", "tknc")
-THRESHOLD = 0.25  # above which a neuron counts as active
+CRITERIA = ("nc", "kmnc", "nbc", "snac", "tknc", "scc")
+THRESHOLDS = (0.0, 0.25, 0.5, 0.75)  # above which a neuron counts as active: those of the field's papers
+THRESHOLD = 0.25  # the one of `nc`
 SECTIONS = 1000  # of each neuron's range
 TOP = 3  # neurons per layer
 
@@ -69,31 +70,26 @@ def measure_coverage(
     compute: Compute,
     title: str = "Measuring coverage",
 ) -> dict[str, Any]:
-    """Coverage in percent that `images` reach on `network`, by five criteria; `profiles` are those of the network.
+    """Coverage in percent that `images` reach on `network`, by six criteria; `profiles` are those of the network.
 
     - `nc`: neurons above THRESHOLD for some image, after a layer's values were scaled to [0, 1] by their lowest and
       highest for that image, as in the code of DeepXplore (Pei et al. 2017, arXiv 1705.06640);
     - `kmnc`: of SECTIONS equal parts of each neuron's range [low, high], those that some image hits;
     - `nbc`: of each neuron's two sides, below low and above high, those that some image reaches;
     - `snac`: neurons that some image takes above high;
-    - `tknc`: neurons that are among the TOP highest of their layer for some image.
+    - `tknc`: neurons that are among the TOP highest of their layer for some image;
+    - `scc`: neurons that are above zero for some image, and zero or below for another (sign change coverage, ISTQB
+      syllabus of AI testing 2021).
 
-    The last four are of DeepGauge (Ma et al. 2018, arXiv 1803.07519). A value on a boundary is inside, and a constant
-    neuron has no sections to hit. Returns `neurons` and `<criterion>_percent` of the network, and the same of each of
-    `layers` with its `name`. Raises UserError when values are not finite, or the profiles are of another network.
+    Those from `kmnc` to `tknc` are of DeepGauge (Ma et al. 2018, arXiv 1803.07519). A value on a boundary is inside,
+    and a constant neuron has no sections to hit. Returns `neurons` and `<criterion>_percent` of the network, and the
+    same of each of `layers` with its `name`; and `nc_by_threshold`, a list of `threshold` and `percent` for each of
+    THRESHOLDS. Raises UserError when values are not finite, or the profiles are of another network.
     """
     layers = _layers(network, images, compute)
     counts = {name: len(profile.low) for name, profile in profiles.items()}
     device = compute.device
-    covered = {
-        name: {
-            "nc": torch.zeros(neurons, dtype=torch.bool, device=device),
-            "kmnc": torch.zeros(neurons, SECTIONS, dtype=torch.bool, device=device),
-            "nbc": torch.zeros(neurons, 2, dtype=torch.bool, device=device),
-            "tknc": torch.zeros(neurons, dtype=torch.bool, device=device),
-        }
-        for name, neurons in counts.items()
-    }
+    covered = {name: _nothing_covered(neurons, device) for name, neurons in counts.items()}
     limits = {name: (profile.low.to(device), profile.high.to(device)) for name, profile in profiles.items()}
     finite = torch.ones((), dtype=torch.bool, device=device)
 
@@ -108,14 +104,20 @@ def measure_coverage(
     if not finite:
         raise not_finite()
     for flags in covered.values():
-        flags["snac"] = flags["nbc"][:, 1]
+        flags["nc"], flags["snac"] = flags["highest"] > THRESHOLD, flags["nbc"][:, 1]
+        flags["scc"] = flags["signs"].all(1)
     shares = {  # (C,) per layer
         name: {f"{key}_percent": 100 * flags[key].double().reshape(counts[name], -1).mean(1) for key in CRITERIA}
         for name, flags in covered.items()
     }
     whole = {key: torch.cat([share[key] for share in shares.values()]) for key in shares[OUTPUT]}
+    highest = torch.cat([flags["highest"] for flags in covered.values()])
     return {
         "neurons": sum(counts.values()),
+        "nc_by_threshold": [
+            {"threshold": threshold, "percent": 100 * (highest > threshold).double().mean().item()}
+            for threshold in THRESHOLDS
+        ],
         **{key: share.mean().item() for key, share in whole.items()},
         "layers": [
             {"name": name, "neurons": counts[name], **{key: share[key].mean().item() for key in share}}
@@ -124,17 +126,25 @@ def measure_coverage(
     }
 
 
+def _nothing_covered(neurons: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the neurons of a layer have reached before the first image: flags, and the highest scaled value of each."""
+    shapes = {"kmnc": (neurons, SECTIONS), "nbc": (neurons, 2), "tknc": (neurons,), "signs": (neurons, 2)}
+    flags = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
+    return {**flags, "highest": torch.full((neurons,), -torch.inf, dtype=torch.float64, device=device)}
+
+
 def _mark(
     covered: dict[str, torch.Tensor], neurons: torch.Tensor, scaled: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> None:
-    """Set the flags of a layer that its neurons (B, C) reach; `scaled` are the same in [0, 1]."""
-    covered["nc"] |= (scaled > THRESHOLD).any(0)
+    """Record what the neurons (B, C) of a layer reach; `scaled` are the same in [0, 1]."""
+    covered["highest"] = torch.maximum(covered["highest"], scaled.amax(0))
     image, neuron = ((low < high) & (low <= neurons) & (neurons <= high)).nonzero(as_tuple=True)
     share = (neurons[image, neuron] - low[neuron]) / (high - low)[neuron]
     covered["kmnc"][neuron, (share * SECTIONS).long().clamp_max(SECTIONS - 1)] = True
     covered["nbc"][:, 0] |= (neurons < low).any(0)
     covered["nbc"][:, 1] |= (neurons > high).any(0)
     covered["tknc"][neurons.topk(min(TOP, neurons.shape[1]), dim=1).indices.flatten()] = True
+    covered["signs"] |= torch.stack([(neurons > 0).any(0), (neurons <= 0).any(0)], 1)
 
 
 def _layers(network: nn.Module, images: ImageSet, compute: Compute) -> dict[nn.Module, str]:

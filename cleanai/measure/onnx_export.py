@@ -1,14 +1,12 @@
-"""ONNX export: written, checked against PyTorch, and timed beside it. Needs the packages of the extra "onnx"."""
+"""ONNX export: written, and checked against PyTorch. Needs the packages of the extra "onnx"."""
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +14,10 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import ImageSet
-from cleanai.measure.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
-from cleanai.measure.standalone import compared, exporting, final_images, for_export, image_facts, writable, write
-from cleanai.network.models import load_network
-from cleanai.runtime.compute import choose_compute
-from cleanai.runtime.distributed import end_all_but_first
+from cleanai.measure.standalone import compared, exporting, for_export, image_facts, writable, write
 from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.packages import ONNX, require_packages
-from cleanai.runtime.scenario import Scenario
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,52 +43,11 @@ def export_onnx(network: nn.Module, path: str | Path, images: ImageSet, classes:
     network, inputs = for_export(network, images)
     facts = image_facts(network, images, classes)
     model, free = _smallest_limits(network, inputs, facts)
-    difference = compared(network, _runner(model), inputs, f"ONNX Runtime {version('onnxruntime')}")
+    difference = compared(network, runner(model), inputs, f"ONNX Runtime {version('onnxruntime')}")
     write(path, model)
     height, width = facts["image_size"]
     print(f"{path.name}: any batch size, {'any image size' if free else f'images of {height} x {width} pixels only'}")
     return {"largest_difference": difference, "free_image_size": free}
-
-
-def export_scenario(scenario: Scenario, data_dir: Path, timing_s: float) -> dict[str, Any]:
-    """Export the final network of a finished pruning script; return the entry `export` of its record.
-
-    `latency_ms` holds the latency of one image on the CPU in float32, in ONNX Runtime and in PyTorch, for the networks
-    original, pruned and fine_tuned, in turns of about `timing_s` seconds, with the same number of threads.
-    """
-    import onnx
-
-    compute = replace(choose_compute("cpu", "float32"), timing_s=timing_s)
-    end_all_but_first()
-    networks = {name: load_network(path, scenario.model) for name, path in scenario.networks.items()}
-    test, classes = final_images(scenario, data_dir)
-    images = next(test.batches(2))[0].contiguous()
-
-    exported = export_onnx(networks["fine_tuned"], scenario.exported, test, classes)
-    models = {"fine_tuned": scenario.exported.read_bytes()}
-    for name in ("original", "pruned"):
-        models[name] = _onnx_model(for_export(networks[name], test)[0], images, exported["free_image_size"])
-
-    calls = {}
-    for name, network in networks.items():
-        feed = {INPUT: images[:1].numpy()}
-        calls[name, "onnx_runtime"] = functools.partial(_session(models[name]).run, [OUTPUT], feed)
-        calls[name, "pytorch"] = functools.partial(compute.place(network), images[:1])
-    with torch.inference_mode():
-        seconds = time_in_turns(calls, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing ONNX Runtime and PyTorch")
-    return {
-        "file": scenario.exported.name,
-        "size_mib": len(models["fine_tuned"]) / 2**20,
-        "opset": onnx.load_model_from_string(models["fine_tuned"]).opset_import[0].version,
-        **exported,
-        "device": compute.device_name,
-        "cpu_threads": torch.get_num_threads(),
-        "onnxruntime": version("onnxruntime"),
-        "latency_ms": {
-            runtime: {name: distribution_ms(seconds[name, runtime]) for name in networks}
-            for runtime in ("onnx_runtime", "pytorch")
-        },
-    }
 
 
 def _smallest_limits(network: nn.Module, inputs: torch.Tensor, facts: dict[str, Any]) -> tuple[bytes, bool]:
@@ -103,14 +55,14 @@ def _smallest_limits(network: nn.Module, inputs: torch.Tensor, facts: dict[str, 
     others = [_resized(inputs[:2], *sides) for sides in _other_sizes(*inputs.shape[2:])]
     if all(_takes(network, other, inputs) for other in others):
         try:
-            model = _with_metadata(_onnx_model(network, inputs[:2], True), facts)
-            run = _runner(model)
+            model = _with_metadata(onnx_model(network, inputs[:2], True), facts)
+            run = runner(model)
             for other in others:
                 compared(network, run, other, "ONNX Runtime")
             return model, True
         except UserError:
             pass  # not with other sizes
-    return _with_metadata(_onnx_model(network, inputs[:2], False), facts), False
+    return _with_metadata(onnx_model(network, inputs[:2], False), facts), False
 
 
 def _other_sizes(height: int, width: int) -> list[tuple[int, int]]:
@@ -132,7 +84,8 @@ def _takes(network: nn.Module, other: torch.Tensor, images: torch.Tensor) -> boo
         return False
 
 
-def _onnx_model(network: nn.Module, example: torch.Tensor, free_size: bool) -> bytes:
+def onnx_model(network: nn.Module, example: torch.Tensor, free_size: bool) -> bytes:
+    """A network as ONNX, for a batch of any size; of images of any size, too, with `free_size`."""
     # Both exporters fold batch norm into the convolutions of a network in evaluation mode.
     # PyTorch 2.9 deprecates the older exporter.
     sides = {0: "batch", **({2: "height", 3: "width"} if free_size else {})}
@@ -143,7 +96,7 @@ def _onnx_model(network: nn.Module, example: torch.Tensor, free_size: bool) -> b
         options = {"dynamic_axes": {INPUT: sides, OUTPUT: {0: "batch"}}}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        with exporting(network, "torch.onnx.export"):
+        with exporting(network, f"torch.onnx.export of PyTorch {torch.__version__}"):
             torch.onnx.export(network, (example,), str(path), input_names=[INPUT], output_names=[OUTPUT], **options)
         return path.read_bytes()
 
@@ -159,7 +112,7 @@ def _with_metadata(model: bytes, facts: dict[str, Any]) -> bytes:
     return loaded.SerializeToString()
 
 
-def _runner(model: bytes) -> Any:
+def runner(model: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function of normalised images (B, 3, H, W) that runs an ONNX model. UserError when ONNX Runtime cannot."""
 
     def explain(_: BaseException) -> UserError:  # the errors of ONNX Runtime have no common class
@@ -173,11 +126,11 @@ def _runner(model: bytes) -> Any:
             return torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
 
     with foreign_code(explain):
-        session = _session(model)
+        session = open_session(model)
     return run
 
 
-def _session(model: bytes) -> onnxruntime.InferenceSession:
+def open_session(model: bytes) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU, with as many threads as PyTorch."""
     import onnxruntime
 

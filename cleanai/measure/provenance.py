@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 from importlib.metadata import version
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 
 import cleanai
-from cleanai.data.images import Images
+from cleanai.data.images import Images, ImageSet
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.scenario import Scenario
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
+_HASHED_AT_ONCE = 1000  # images
 FEW_CHANNELS = 1 / 8  # share of a layer's channels; pruning keeps a tenth or more
 
 
@@ -52,9 +54,30 @@ def describe_run(
             "source": images.source,
             "train_images": len(images.train),
             "test_images": len(images.test),
-            **({} if calibration_images is None else {"calibration_images": calibration_images}),
+            "classes": list(images.classes),
+            **{f"{part}_per_class": _per_class(images, part) for part in ("train", "test")},
+            **{f"{part}_sha256": _digest(getattr(images, part)) for part in ("train", "test")},
+            **({} if calibration_images is None else _calibration(config, calibration_images)),
         },
     }
+
+
+def _calibration(config: dict[str, Any], images: int) -> dict[str, Any]:
+    return {"calibration_images": images, "calibrated_on": config["calibrate_on"]}
+
+
+def _per_class(images: Images, part: str) -> list[int]:
+    labels = getattr(images, part).labels.cpu()
+    return torch.bincount(labels, minlength=len(images.classes)).tolist()
+
+
+def _digest(images: ImageSet) -> str:
+    """The SHA-256 of the pixels (N, 3, H, W) uint8, then of the labels (N,) as little-endian int64, in order."""
+    digest = hashlib.sha256()
+    for part in images.pixels.split(_HASHED_AT_ONCE):
+        digest.update(part.cpu().contiguous().numpy())
+    digest.update(images.labels.cpu().numpy().astype("<i8"))
+    return digest.hexdigest()
 
 
 def describe_environment(compute: Compute) -> dict[str, Any]:

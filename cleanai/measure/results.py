@@ -12,27 +12,36 @@ from PIL import Image
 from torch import nn
 
 from cleanai.data.images import Images, ImageSet
+from cleanai.measure.activity import measure_activity
+from cleanai.measure.churn import count_changes
 from cleanai.measure.costs import count_layers, count_macs, count_parameters, size_mib
 from cleanai.measure.coverage import THRESHOLD, measure_coverage, record_profiles
 from cleanai.measure.latency import time_networks
 from cleanai.measure.significance import pack
-from cleanai.network.activations import record_statistics
 from cleanai.network.evaluation import Evaluation
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
 HOOKED = 2  # a pass that observes all layers takes about so many times as long
-COVERAGE_IMAGES = 1024  # calibration images, and training images for the ranges: seconds, not minutes
+COVERAGE_IMAGES = (
+    1024  # test images (for calibration, if there are), and training images for the ranges: seconds, not minutes
+)
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 
 
 @dataclass(frozen=True)
 class Split:
-    """The test images for calibration, and the indices (N,) of the held-out ones."""
+    """The images for calibration, and the indices (N,) of the held-out test images."""
 
     calibration: ImageSet
     heldout: torch.Tensor
+
+    @staticmethod
+    def of(images: Images, config: dict[str, Any]) -> Split:
+        """The split that the settings of a script make. Older ones have calibration on test images only."""
+        count = config["calibration_batches"] * config["batch_size"]
+        return Split(*images.calibration_split(count, config["seed"], config.get("calibrate_on", "test")))
 
 
 def measure_results(
@@ -52,7 +61,9 @@ def measure_results(
     is_heldout[split.heldout] = True
     classes = compare_classes(evaluations, images)
     profiled = images.train.sample(COVERAGE_IMAGES, seed)
-    covered = split.calibration.select(torch.arange(min(COVERAGE_IMAGES, len(split.calibration))))
+    whole = len(split.heldout) == len(images.test)  # no test images served for calibration
+    of_test = images.test.select(split.heldout) if whole else split.calibration
+    covered = of_test.select(torch.arange(min(COVERAGE_IMAGES, len(of_test))))
     passes = len(networks) * (len(profiled) + 2 * len(covered))
     seconds = HOOKED * passes / models["original"]["throughput_images_per_s"]
     say(f"Measuring test coverage on {len(covered):,} images: about {seconds:.0f} s")
@@ -61,6 +72,7 @@ def measure_results(
         "heldout_bits": pack(is_heldout),
         "summary": _summary(models),
         "layers": _compare_layers(networks["original"], networks["fine_tuned"], next(images.test.batches(1))[0]),
+        **_churn(evaluations, images, split.heldout),
         "classes": classes,
         "newly_wrong": _newly_wrong(networks["fine_tuned"], evaluations, classes, images),
         "coverage": _compare_coverage(networks, profiled, covered, compute),
@@ -129,6 +141,13 @@ def compare_classes(evaluations: dict[str, Evaluation], images: Images) -> list[
             }
         )
     return rows
+
+
+def _churn(evaluations: dict[str, Evaluation], images: Images, heldout: torch.Tensor) -> dict[str, Any]:
+    before, after = evaluations["original"], evaluations["fine_tuned"]
+    if after.predicted is None:  # an older version fine-tuned the network, and did not store it
+        return {}
+    return {"churn": count_changes(before, after, images.test, heldout, images.classes)}
 
 
 def _compare_layers(before: nn.Module, after: nn.Module, example: torch.Tensor) -> list[dict[str, Any]]:
@@ -200,18 +219,12 @@ def _compare_coverage(
 
 
 def _coverage(network: nn.Module, profiled: ImageSet, covered: ImageSet, compute: Compute, name: str) -> dict[str, Any]:
-    """The coverage of a network, and the means of two channel statistics over the channels that each layer reads.
-
-    `active_percent` is the mean `frequency`, `normalized_mean_percent` the mean `normalized_mean`.
-    """
+    """The coverage of a network, with the activity of the channels that each layer reads."""
     profiles = record_profiles(network, profiled, compute, f"Ranges of neurons, {name}")
     coverage = measure_coverage(network, covered, profiles, compute, title=f"Test coverage, {name}")
-    statistics = record_statistics(
-        network, covered, compute, f"Activity of channels, {name}", ("mean_absolute", "frequency")
-    )
-    modules = dict(network.named_modules())
-    for layer in coverage["layers"][:-1]:  # no layer reads the output of the last one
-        of_consumer = statistics[modules[layer["name"]]]
-        layer["active_percent"] = 100 * of_consumer.frequency.mean().item()
-        layer["normalized_mean_percent"] = 100 * of_consumer.normalized_mean.mean().item()
-    return coverage
+    layers = coverage["layers"][:-1]  # no layer reads the output of the last one
+    names = [layer["name"] for layer in layers]
+    activity, dead = measure_activity(network, names, covered, compute, f"Activity of channels, {name}")
+    for layer in layers:
+        layer.update(activity[layer["name"]])
+    return {**coverage, "dead": dead}

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet, ImageSettings
+from cleanai.data.images import Images, ImageSet, ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.network.models import load_network
 from cleanai.network.trial import copied, try_outputs
@@ -50,7 +49,7 @@ def save_standalone(
     network, inputs = for_export(network, images)
     facts = image_facts(network, images, classes)
     file = io.BytesIO()
-    with exporting(network, "torch.export"):
+    with exporting(network, f"torch.export of PyTorch {torch.__version__}"):
         batch = torch.export.Dim("batch")
         example = torch.zeros_like(inputs[:2])  # the file keeps it: none of the user's pictures
         program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
@@ -64,17 +63,18 @@ def save_standalone(
 
 def save_scenario(scenario: Scenario, data_dir: Path) -> None:
     """Write the final network of a finished pruning script with `save_standalone`."""
-    images, classes = final_images(scenario, data_dir)
-    save_standalone(load_network(scenario.final, scenario.model), scenario.standalone, images, classes)
+    images = scenario_images(scenario, data_dir)
+    network = load_network(scenario.final, scenario.model)
+    save_standalone(network, scenario.standalone, images.test, list(images.classes))
 
 
-def final_images(scenario: Scenario, data_dir: Path) -> tuple[ImageSet, list[str]]:
-    """Test images, normalised as the final network of a scenario takes them, and the names of its classes."""
+def scenario_images(scenario: Scenario, data_dir: Path) -> Images:
+    """The images of a finished pruning script, normalised as its final network takes them."""
     checkpoint = load_checkpoint(scenario.final)
     settings = ImageSettings.of(load_checkpoint(scenario.fine_tuned)["config"])
-    mean, std = (torch.tensor(checkpoint[name]) for name in ("mean", "std"))
-    test = load_images(scenario.dataset, data_dir, settings).test.sample(CHECKED_IMAGES, seed=0)
-    return replace(test, mean=mean, std=std), checkpoint["classes"]
+    images = load_images(scenario.dataset, data_dir, settings)
+    images.require_classes(checkpoint["classes"], scenario.final)
+    return images.normalised_by(checkpoint["mean"], checkpoint["std"])
 
 
 def image_facts(network: nn.Module, images: ImageSet, classes: Sequence[str]) -> dict[str, Any]:
@@ -159,19 +159,23 @@ def _in_float64(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def exporting(network: nn.Module, exporter: str) -> Iterator[None]:
-    """Run PyTorch's exporter in silence. What it raises, which may be anything, becomes a UserError of one line."""
+    """Run an exporter in silence. What it raises, which may be anything, becomes a UserError of one line."""
 
     def explain(error: BaseException) -> UserError:
-        return UserError(
-            f"{type(network).__name__} cannot be exported by {exporter} of PyTorch {torch.__version__}: "
-            f"{_reason(network, error)}"
-        )
+        return UserError(f"{type(network).__name__} cannot be exported by {exporter}: {_reason(network, error)}")
 
+    with foreign_code(explain, (OSError,)), silent():
+        yield
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is printed, logged or warned of."""
     level, nowhere = logging.root.manager.disable, io.StringIO()
     redirected = contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere)
     try:
         logging.disable(logging.CRITICAL)
-        with foreign_code(explain, (OSError,)), warnings.catch_warnings(), redirected[0], redirected[1]:
+        with warnings.catch_warnings(), redirected[0], redirected[1]:
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -16,32 +16,37 @@ from cleanai.runtime.compute import Compute
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and mean cross-entropy on a set of images. `correct` (N,) flags the images classified correctly."""
+    """Accuracy and mean cross-entropy on a set of images. `correct` (N,) flags the images classified correctly.
+
+    `predicted` (N,) int32 are the classes that the network gives; None in older checkpoints.
+    """
 
     accuracy_percent: float
     loss: float
     correct: torch.Tensor
+    predicted: torch.Tensor | None = None
 
     @staticmethod
     def stored_in(checkpoint: dict[str, Any]) -> Evaluation:
         """The evaluation of the network in a checkpoint. UserError when it has none."""
         stored = checkpoint["evaluation"]
-        return Evaluation(stored["accuracy_percent"], stored["loss"], stored["correct"])
+        return Evaluation(stored["accuracy_percent"], stored["loss"], stored["correct"], stored.get("predicted"))
 
 
 def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:
     """Accuracy and mean cross-entropy of a network on all images. The network keeps its mode."""
-    all_labels, correct = images.labels.to(compute.device), []
+    all_labels, predicted = images.labels.to(compute.device), []
     loss = torch.zeros((), device=compute.device, dtype=torch.float64)
 
     def judge(_: nn.Module, outputs: torch.Tensor) -> None:
-        start = sum(map(len, correct))
+        start = sum(map(len, predicted))
         labels = all_labels[start : start + len(outputs)]
-        right = outputs.argmax(1) == labels
+        classes = outputs.argmax(1)
         loss.add_(F.cross_entropy(outputs, labels, reduction="sum"))
-        correct.append(right)
+        predicted.append(classes)
 
     observe(network, (), judge, images, compute, title, output=True)
-    flags = torch.cat(correct).cpu()
+    classes = torch.cat(predicted).cpu()
+    flags = classes == all_labels.cpu()
     accuracy_percent = 100 * int(flags.sum()) / len(images)
-    return Evaluation(accuracy_percent, loss.item() / len(images), flags)
+    return Evaluation(accuracy_percent, loss.item() / len(images), flags, classes.int())

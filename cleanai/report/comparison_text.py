@@ -13,6 +13,7 @@ from cleanai.report.wording import (
     STAGES,
     WIDTH,
     Record,
+    calibrated_on_train,
     heldout_images,
     interval_text,
     listed,
@@ -75,10 +76,11 @@ def difference_name(difference: Record) -> str:
 def explanation(record: Record) -> str:
     """What the columns of the differences mean, and what they do not cover."""
     runs = [run for run in record["runs"].values() if run]
-    counts = {(heldout_images(run), run["dataset"]["calibration_images"]) for run in runs}
+    counts = {(heldout_images(run), run["dataset"]["calibration_images"], calibrated_on_train(run)) for run in runs}
     if len(counts) == 1:
-        ((heldout, calibration),) = counts
-        where = f"the {heldout:,} held-out test images; the other {calibration:,} served for calibration"
+        ((heldout, calibration, on_train),) = counts
+        served = f"{calibration:,} training images" if on_train else f"the other {calibration:,}"
+        where = f"the {heldout:,} held-out test images; {served} served for calibration"
     else:
         where = "the held-out test images of each method's run, which differ"
     sentences = [f"Differences are in percentage points, on {where}."]

@@ -9,12 +9,15 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
+from cleanai.report.coverage_pdf import coverage
+from cleanai.report.evidence_pdf import changes, deployed, robustness
 from cleanai.report.notes import notes
 from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
     Record,
+    calibrated_on_train,
     counted,
     exported_as,
     heldout_images,
@@ -27,6 +30,7 @@ from cleanai.report.wording import (
     requested_shares,
     speedup,
     timing_lines,
+    with_change,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
@@ -34,13 +38,6 @@ _TERMS = (
     "Held-out are the test images that were not used for calibration. Significance covers variation between test "
     "images, not between training seeds."
 )
-_CRITERIA = {
-    "nc": "NC: neurons active on some image",
-    "kmnc": "KMNC: sections of ranges reached",
-    "nbc": "NBC: range boundaries exceeded",
-    "snac": "SNAC: upper boundaries exceeded",
-    "tknc": "TKNC: neurons among a layer's top 3",
-}
 
 
 def pdf_report(record: Record) -> bytes:
@@ -52,12 +49,15 @@ def pdf_report(record: Record) -> bytes:
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
-        *section("Test coverage", *_coverage(record)),
+        *section("Test coverage", *coverage(record)),
         *section("Accuracy per class", *_classes(record)),
+        *changes(record),
         *(_newly_wrong(record) if record["newly_wrong"] else []),
+        *robustness(record),
         *section("Inference time", *_latency(record)),
+        *deployed(record),
         *section("Configuration", pairs(_configuration(record), abreast=2)),
-        *section("Dataset and machine", pairs(_provenance(record))),
+        *section("Dataset and machine", pairs(_provenance(record)), *_checksums(record)),
         *section("Checkpoints with their SHA-256", *_checkpoints(record)),
         *section("Commands to repeat this", *map(small, record["commands"])),
     ]
@@ -152,51 +152,12 @@ def _most_removed(record: Record, key: str) -> str:
     return ", ".join(f"{name} ({100 * removed[name] / total:.0f}%)" for name in most)
 
 
-def _coverage(record: Record) -> list[Any]:
-    coverage = record["coverage"]
-    models = [coverage["models"][name] for name in STAGES]
-    rows = [["Coverage (%)", *STAGES.values(), "Change (points)"]]
-    rows += [[label, *_with_change([model[f"{key}_percent"] for model in models])] for key, label in _CRITERIA.items()]
-    rows.append(["Neurons", *(f"{model['neurons']:,}" for model in models), ""])
-    hidden = [model["layers"][:-1] for model in models]  # the last layer's outputs are the classes
-    panels = {
-        title: {name: [layer[key] for layer in layers] for name, layers in zip(STAGES.values(), hidden)}
-        for title, key in (
-            ("Active channels, mean over images and positions (%)", "active_percent"),
-            ("Mean normalised coverage (%)", "normalized_mean_percent"),
-        )
-    }
-    return [
-        text(
-            "How thoroughly the test images exercise each network; this does not measure its quality. Where coverage "
-            "has not fallen, these images test the pruned network as thoroughly as the original one."
-        ),
-        Spacer(1, 4),
-        table(rows, [WIDTH * share for share in (0.4, 0.15, 0.15, 0.16, 0.14)]),
-        Spacer(1, 8),
-        layers_chart([layer["name"] for layer in hidden[0]], panels),
-        text(
-            f"Measured on {coverage['images']:,} of the calibration images. A neuron is one channel of a layer's "
-            "output; its value for an image is the mean over all positions. NC: active above "
-            f"{coverage['threshold']:g} after the layer's values are scaled to [0, 1]. Ranges are from "
-            f"{coverage['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself when layers get "
-            "narrower. In the charts a channel is active above zero; its normalised coverage is its mean absolute "
-            "value over the largest one in the layer. An output is named after the first layer that reads it."
-        ),
-    ]
-
-
-def _with_change(values: list[float]) -> list[str]:
-    change = round(values[-1] - values[0], 2) + 0.0  # never -0.00
-    return [*(f"{value:.2f}" for value in values), f"{change:+.2f}"]
-
-
 def _classes(record: Record) -> list[Any]:
     classes = sorted(record["classes"], key=lambda row: row["fine_tuned_percent"] - row["original_percent"])
     rows = [["Class", *STAGES.values(), "Change (points)", "Images", "Newly wrong", "Newly right"]]
     for row in classes[:_MOST_CLASSES]:
         counts = [f"{row[key]:,}" for key in ("images", "newly_wrong", "newly_right")]
-        rows.append([row["name"], *_with_change([row[f"{name}_percent"] for name in STAGES]), *counts])
+        rows.append([row["name"], *with_change([row[f"{name}_percent"] for name in STAGES]), *counts])
     shown = "" if len(classes) <= _MOST_CLASSES else f" The {_MOST_CLASSES} of {len(classes)} classes that lost most."
     return [
         text(
@@ -253,15 +214,16 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
     dataset, environment = record["dataset"], record["environment"]
     device = f"{environment['device_type']}, {environment['device']}, {counted(environment['cpu_threads'], 'thread')}"
     packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
+    calibration = f"{dataset['calibration_images']:,}"
+    if calibrated_on_train(record):
+        heldout = f", all held out; calibration used {calibration} training images"
+    else:
+        heldout = f", of which {calibration} were used for calibration (held-out accuracy is on the others)"
     rows = [
         ("Original network", prepared_with(record)),
         ("Dataset", f"{dataset['name']}, {dataset['source']}"),
-        ("Training images", f"{dataset['train_images']:,}"),
-        (
-            "Test images",
-            f"{dataset['test_images']:,}, of which {dataset['calibration_images']:,} were used for calibration "
-            "(held-out accuracy is on the others)",
-        ),
+        ("Training images", f"{dataset['train_images']:,}{_per_class(dataset, 'train')}"),
+        ("Test images", f"{dataset['test_images']:,}{heldout}{_per_class(dataset, 'test')}"),
         ("Device", device),
         ("Precision", f"{environment['precision']} for training and accuracy, float32 for inference times"),
         ("System", f"{environment['system']}, Python {environment['python']}"),
@@ -273,6 +235,27 @@ def _provenance(record: Record) -> list[tuple[str, str]]:
         threads = counted(export["cpu_threads"], "thread")
         rows.append(("ONNX", f"{export['file']}: {exported_as(export)}; {timed}, {threads}"))
     return rows
+
+
+def _checksums(record: Record) -> list[Any]:
+    digests = {part: record["dataset"].get(f"{part}_sha256") for part in ("train", "test")}  # absent in older records
+    return [
+        small(f"SHA-256 of the {part.replace('train', 'training')} images: {digest}")
+        for part, digest in digests.items()
+        if digest
+    ]
+
+
+def _per_class(dataset: Record, part: str) -> str:
+    """For example "; 1,000 of each class"; empty for an older record."""
+    counts = dataset.get(f"{part}_per_class")
+    if not counts:
+        return ""
+    least, most = min(counts), max(counts)
+    if least == most:
+        return f"; {least:,} of each class"
+    fewest, frequent = (dataset["classes"][counts.index(count)] for count in (least, most))
+    return f"; {least:,} ({fewest}) to {most:,} ({frequent}) of a class"
 
 
 def _checkpoints(record: Record) -> list[Any]:

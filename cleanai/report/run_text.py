@@ -8,9 +8,12 @@ from cleanai.report.wording import (
     STAGES,
     WIDTH,
     Record,
+    changed_predictions,
     in_unit,
     method_title,
+    robustness_summary,
     speedup,
+    table_text,
     timing_lines,
     wrapped,
 )
@@ -65,6 +68,27 @@ def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def deployed_rows(record: Record) -> list[list[str]]:
+    """A heading, and what was measured of the final network as it is deployed; no rows without such measurements."""
+    export = record.get("export", {})
+    if "disagreements" not in export:
+        return []
+    measured = {"ONNX float32": export, **({"ONNX INT8": export["int8"]} if "int8" in export else {})}
+    final = record["models"]["fine_tuned"]
+    accuracies = [export["pytorch_accuracy_percent"], *(x["accuracy_heldout_percent"] for x in measured.values())]
+    size, sizes = in_unit("size_mib", [final["size_mib"], *(each["size_mib"] for each in measured.values())])
+    latencies = [export["latency_ms"][runtime]["fine_tuned"] for runtime in ("pytorch", "onnx_runtime")]
+    latencies += [export["int8"]["latency_ms"]] if "int8" in export else []
+    time, times = in_unit("ms", [latency["mean"] for latency in latencies])
+    return [
+        ["Final network on the CPU", "PyTorch", *measured],
+        ["Held-out Accuracy (%)", *(f"{accuracy:.2f}" for accuracy in accuracies)],
+        ["Other class than PyTorch (images)", "", *(f"{each['disagreements']:,}" for each in measured.values())],
+        [f"Size ({size})", *sizes],
+        [f"Avg Inference Time ({time})", *times],
+    ]
+
+
 def summary_rows(record: Record) -> list[tuple[str, str]]:
     """The rows of the summary: reductions without a sign, changes of accuracy with one."""
     summary = record["summary"]
@@ -98,7 +122,17 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
+            *("\n" + wrapped(sentence) for sentence in [*changed_predictions(record), *robustness_summary(record)]),
+            *_deployed(record),
             *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]
     )
+
+
+def _deployed(record: Record) -> list[str]:
+    rows = deployed_rows(record)
+    if not rows:
+        return []
+    heading = f"\nDEPLOYED NETWORK - ON ALL {record['export']['heldout_images']:,} HELD-OUT TEST IMAGES"
+    return [heading, "=" * WIDTH, *table_text(rows, [WIDTH - 20 * len(rows[0][1:]), *[20] * len(rows[0][1:])])]

@@ -17,7 +17,7 @@ from cleanai.report.sweep_text import (
     points_of,
     sweep_rows,
 )
-from cleanai.report.wording import Record, counted, origin_lines, prepared_with
+from cleanai.report.wording import Record, calibrated_on_train, counted, origin_lines, prepared_with
 
 _UNITS = {"parameters": ("M", 1e6), "macs": ("G", 1e9)}
 _STAGES = {"pruned": "pruned", "fine_tuned": "fine-tuned"}
@@ -27,12 +27,13 @@ def pdf_sweep(record: Record) -> bytes:
     """The sweep as the bytes of a PDF."""
     config, machine = record["config"], record["environment"]
     training = f"{counted(config['epochs'], 'epoch')} at each ratio, peak learning rate {config['lr']:g}"
+    kind = "training" if calibrated_on_train(record) else "test"
     settings = [
         ("Dataset", origin_lines({"dataset": record["dataset"]})[0].split(": ", 1)[1]),
         ("Original network", prepared_with(record)),
         ("Ratios", ", ".join(f"{100 * ratio:g}%" for ratio in config["ratios"])),
         ("Fine-tuning", training if config["epochs"] else "none"),
-        ("Calibration", f"at most {config['calibration_batches']} x {config['batch_size']} test images"),
+        ("Calibration", f"at most {config['calibration_batches']} x {config['batch_size']} {kind} images"),
         ("Repair", f"at most {config['repair_batches']} x {config['batch_size']} training images"),
         ("Seed", str(config["seed"])),
         ("Device", f"{machine['device']}, {machine['precision']}; PyTorch {machine['torch']}"),

@@ -9,6 +9,7 @@ from cleanai.report.wording import (
     STAGES,
     WIDTH,
     Record,
+    calibrated_on_train,
     counted,
     listed,
     method_title,
@@ -155,8 +156,9 @@ def chosen_rows(record: Record) -> list[list[str]]:
 def explanation(record: Record) -> str:
     """How the accuracies were measured, and what they do not cover."""
     count, calibration = (record["dataset"][key] for key in ("accuracy_images", "calibration_images"))
+    others = "training images" if calibrated_on_train(record) else "others"
     sentences = [
-        f"Accuracy is on {count:,} test images, calibration used {calibration:,} others. One point is "
+        f"Accuracy is on {count:,} test images, calibration used {calibration:,} {others}. One point is "
         f"{count / 100:g} images. The answer names the highest ratio up to which every accuracy is within "
         f"{_points(_tolerance(record))}.",
         "Each criterion removes the same share of the parameters and of the FLOPs, from ratio to ratio, with repair "

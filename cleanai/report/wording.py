@@ -41,10 +41,12 @@ def origin_lines(record: Record) -> list[str]:
         f"{dataset['train_images']:,} training and {dataset['test_images']:,} test images"
     ]
     if "calibration_images" in dataset:
-        lines.append(
-            f"Calibration: {dataset['calibration_images']:,} of the test images; "
-            f"held-out accuracy is on the other {heldout_images(record):,}"
-        )
+        heldout = f"{heldout_images(record):,}"
+        if calibrated_on_train(record):
+            calibrated, on = "training images", f"all {heldout} test images"
+        else:
+            calibrated, on = "of the test images", f"the other {heldout}"
+        lines.append(f"Calibration: {dataset['calibration_images']:,} {calibrated}; held-out accuracy is on {on}")
     if "prepared_with" in record:
         lines.append(f"Original network: {prepared_with(record)}")
     return lines
@@ -52,7 +54,13 @@ def origin_lines(record: Record) -> list[str]:
 
 def heldout_images(record: Record) -> int:
     """The number of test images that were not used for calibration."""
-    return record["dataset"]["test_images"] - record["dataset"]["calibration_images"]
+    dataset = record["dataset"]
+    return dataset["test_images"] - (0 if calibrated_on_train(record) else dataset["calibration_images"])
+
+
+def calibrated_on_train(record: Record) -> bool:
+    """Whether calibration used training images. An older record has it on test images."""
+    return record["dataset"].get("calibrated_on") == "train"
 
 
 def prepared_with(record: Record) -> str:
@@ -63,6 +71,37 @@ def prepared_with(record: Record) -> str:
         weights = f"{config['weights']} ({config['weights_sha256'][:8]}…)"
     samples = f" on {config['train_samples']:,} images" if config["train_samples"] else ""
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
+
+
+def changed_predictions(record: Record) -> list[str]:
+    """How many predictions on the held-out images pruning changed: a sentence, or none in an older record."""
+    churn = record.get("churn")
+    if not churn:
+        return []
+    return [
+        f"The final network predicts another class than the original one on {churn['changed']:,} of the "
+        f"{churn['images']:,} held-out test images ({churn['changed_percent']:.2f}%): "
+        f"{churn['right_to_wrong']:,} right to wrong, {churn['wrong_to_right']:,} wrong to right, "
+        f"{churn['wrong_to_other_wrong']:,} wrong to another wrong."
+    ]
+
+
+def robustness_means(record: Record) -> dict[str, float]:
+    """The mean accuracy of each network over the corruptions of the held-out images, by stage."""
+    rows = record["robustness"]["rows"][1:]  # the first is of the images as they are
+    return {stage: sum(row[f"{stage}_percent"] for row in rows) / len(rows) for stage in STAGES}
+
+
+def robustness_summary(record: Record) -> list[str]:
+    """The accuracy on disturbed images: a sentence, or none where it was not measured."""
+    if "robustness" not in record:
+        return []
+    means, robustness = robustness_means(record), record["robustness"]
+    return [
+        f"On {robustness['images']:,} held-out test images with {len(robustness['rows']) - 1} corruptions (noise, "
+        f"blur, brightness, contrast, JPEG) the mean accuracy is {means['fine_tuned']:.2f}%, that of the original "
+        f"network {means['original']:.2f}%."
+    ]
 
 
 def exported_as(export: Record) -> str:
@@ -103,6 +142,12 @@ def in_unit(quantity: str, values: list[float]) -> tuple[str, list[str]]:
     """A unit in which the first of the values is not almost zero, and all of them in it, with two decimals."""
     unit, size = next((unit, size) for unit, size, least in _UNITS[quantity] if values[0] >= least)
     return unit, [f"{value / size:.2f}" for value in values]
+
+
+def with_change(values: list[float]) -> list[str]:
+    """Values of the networks, and the change from the first to the last, with two decimals."""
+    change = round(values[-1] - values[0], 2) + 0.0  # never -0.00
+    return [*(f"{value:.2f}" for value in values), f"{change:+.2f}"]
 
 
 def interval_text(interval_points: list[float]) -> str:

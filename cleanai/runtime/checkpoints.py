@@ -190,9 +190,12 @@ def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+_OLDER = {"calibrate_on": "test"}  # settings that older runs lack, with what they did
+
+
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
     for key in {**config, **made_with}:
-        before, now = made_with.get(key), config.get(key)
+        before, now = made_with.get(key, _OLDER.get(key)), config.get(key, _OLDER.get(key))
         if before == now:
             continue
         if key == "fine_tuned_model":

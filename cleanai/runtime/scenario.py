@@ -135,6 +135,11 @@ class Scenario:
         return self.final.with_suffix(".onnx")
 
     @property
+    def quantized(self) -> Path:
+        """The final network as ONNX in 8 bits."""
+        return self.final.with_name(f"{self.final.stem}_int8.onnx")
+
+    @property
     def standalone(self) -> Path:
         """The final network as a program that PyTorch runs without this project."""
         return self.final.with_suffix(".pt2")
@@ -212,7 +217,7 @@ class Scenario:
         if not self._trains:
             return [self.record, self.report, self.table, self.resume]
         own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
-        return [*own, self.final, self.exported, self.standalone, self.resume, self._trained("epoch*")]
+        return [*own, self.final, self.exported, self.quantized, self.standalone, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model_name}_{self.dataset}_{stage}.pth"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cleanai import exit
+from cleanai.measure.significance import unpack
 from cleanai.runtime.checkpoints import read_record
 from tests.cuda.stand_in import cuda_stand_in, needs_fused_adam
 from tests.helpers import SCRIPTS, SMALL_MODEL, SWEEP, own_scripts
@@ -17,11 +18,12 @@ pytestmark = needs_fused_adam
 
 FEW = ["--dataset", "Digits", "--train-samples", "48", "--batch-size", "16", "--epochs", "1"]
 CALIBRATION = ["--calibration-batches", "2", "--repair-batches", "2"]
+PRUNE = ["--steps", "2", "--timing-seconds", "0.1", "--robustness-images", "10", *CALIBRATION]
 OPTIONS = {
     SCRIPTS[0]: ["--weights", "none"],
-    SCRIPTS[1]: ["--coverage-metric", "combined", "--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
-    SCRIPTS[2]: ["--steps", "2", "--timing-seconds", "0.1", *CALIBRATION],
-    SWEEP: ["--ratios", "0.3", "--test-samples", "40", *CALIBRATION],
+    SCRIPTS[1]: ["--coverage-metric", "combined", *PRUNE],
+    SCRIPTS[2]: ["--calibrate-on", "train", *PRUNE],
+    SWEEP: ["--ratios", "0.3", "--test-samples", "40", "--calibrate-on", "train", *CALIBRATION],
 }
 
 
@@ -46,3 +48,6 @@ def test_each_script_runs_whole(precision, capability, tmp_path, monkeypatch, ca
     assert {record["environment"]["device_type"] for record in records} == {"cuda"}
     pruned = [record for record in records if record.get("method") in ("Coverage", "Wanda")]
     assert [record["models"]["original"]["latency_by"] for record in pruned] == ["as a CUDA graph"] * 2
+    assert [unpack(record["heldout_bits"], 360).sum() for record in pruned] == [
+        360 if record["config"]["calibrate_on"] == "train" else 360 - 32 for record in pruned
+    ]

@@ -136,6 +136,18 @@ def test_held_out_images_are_those_not_used_for_calibration(digits):
     assert len(digits.calibration_split(6400, seed=0)[0]) == 270, "a quarter of the test images stays held out"
 
 
+def test_calibration_on_training_images_holds_out_all_test_images_and_leaves_those_of_the_repair(digits):
+    calibration, heldout = digits.calibration_split(400, seed=0, source="train")
+    assert sorted(heldout.tolist()) == list(range(360))
+    assert calibration.labels.bincount().min() >= 35, "balanced over the classes"
+    training = digits.train.pixels.flatten(1).tolist()
+    places = {tuple(pixels): number for number, pixels in enumerate(training)}
+    used = {places[tuple(pixels)] for pixels in calibration.pixels.flatten(1).tolist()}
+    repair = {places[tuple(pixels)] for pixels in digits.train.sample(1024, seed=0).pixels.flatten(1).tolist()}
+    assert len(used) == 400 and not used & repair
+    assert len(digits.calibration_split(6400, seed=0, source="train")[0]) == 1437
+
+
 @pytest.mark.parametrize("classes", [["0"], [str(number) for number in range(100)], list("9876543210")])
 def test_a_checkpoint_for_other_classes_is_named(digits, classes):
     digits.require_classes([str(number) for number in range(10)], Path("fits.pth"))

@@ -103,6 +103,7 @@ def test_all_criteria_are_those_of_dnn_tip(residual, tens, monkeypatch):
         "nbc_percent": _expected(NBC(below, above, deviation, 0), activations),
         "snac_percent": _expected(SNAC(above, deviation, 0), activations),
         "tknc_percent": _expected(TKNC(2), activations),
+        "scc_percent": 100 * np.concatenate([(a > 0).any(0) & (a <= 0).any(0) for a in activations]).mean(),
     }
     assert measured["neurons"] == sum(layer.shape[1] for layer in activations)
     for key, value in expected.items():
@@ -110,11 +111,15 @@ def test_all_criteria_are_those_of_dnn_tip(residual, tens, monkeypatch):
         assert 0 < value < 100, key
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.25, 0.5])
-def test_neuron_coverage_is_that_of_dnn_tip_on_scaled_values(residual, tens, threshold, monkeypatch):
-    monkeypatch.setattr(coverage, "THRESHOLD", threshold)
+def test_neuron_coverage_is_that_of_dnn_tip_on_scaled_values(residual, tens):
     measured = measure_coverage(residual, TEST, record_profiles(residual, TRAINING, tens), tens)
-    expected = NAC(threshold)(_activations(residual, TEST, _scaled))[1].any(0)
+    scaled = _activations(residual, TEST, _scaled)
+    by_threshold = [(each["threshold"], each["percent"]) for each in measured["nc_by_threshold"]]
+    assert by_threshold == [
+        (threshold, pytest.approx(_expected(NAC(threshold), scaled), abs=1e-9)) for threshold in (0, 0.25, 0.5, 0.75)
+    ]
+    assert len({percent for _, percent in by_threshold}) == 4
+    expected = NAC(0.25)(scaled)[1].any(0)
     assert measured["nc_percent"] == pytest.approx(100 * expected.mean(), abs=1e-9)
     widths = np.cumsum([layer["neurons"] for layer in measured["layers"]])[:-1]
     parts = [100 * part.mean() for part in np.split(expected, widths)]

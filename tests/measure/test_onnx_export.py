@@ -151,8 +151,8 @@ def test_a_real_difference_is_refused_with_its_numbers_and_rounding_as_in_pytorc
         def run(self, names, feed):
             return [self.real.run(names, feed)[0] + error]
 
-    session = onnx_export._session
-    monkeypatch.setattr(onnx_export, "_session", Wrong)
+    session = onnx_export.open_session
+    monkeypatch.setattr(onnx_export, "open_session", Wrong)
     path = tmp_path / "a.onnx"
     if refused:
         numbers = r"by up to 0\.5; they are up to .*; from a run in float64 it differs by up to 0\..*, PyTorch by .*\)"
@@ -161,12 +161,15 @@ def test_a_real_difference_is_refused_with_its_numbers_and_rounding_as_in_pytorc
         assert export_onnx(network, path, _images(3, 8))["largest_difference"] == pytest.approx(error, abs=0.01)
 
 
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_missing_packages_are_named_before_any_work(script, tmp_path):
+@pytest.mark.parametrize(("script", "form"), [(SCRIPTS[1], "onnx"), (SCRIPTS[2], "onnx-int8")])
+def test_missing_packages_are_named_before_any_work(script, form, tmp_path):
     # Python runs this file first. A module that is None cannot be imported, and PyTorch must not be needed.
     blocked = "import sys\nfor name in ('onnx', 'onnxruntime', 'torch'):\n    sys.modules[name] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocked, encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = run(script, "--export", "onnx", "--checkpoints-dir", tmp_path / "out", PYTHONPATH=path)
-    fails(result, "packages that are not installed (onnx, onnxruntime): pip install onnx onnxruntime")
+    result = run(script, "--export", form, "--checkpoints-dir", tmp_path / "out", PYTHONPATH=path)
+    fails(
+        result,
+        f"--export {form} needs packages that are not installed (onnx, onnxruntime): pip install onnx onnxruntime",
+    )
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,11 @@
-import pytest
+import hashlib
+from dataclasses import replace
 
-from cleanai.measure.provenance import find_warnings
+import pytest
+import torch
+
+from cleanai.measure.provenance import describe_run, find_warnings
+from cleanai.runtime.scenario import Scenario
 
 LAYERS = [{"name": "conv1", "channels_before": 64, "channels_after": 56}]
 
@@ -38,3 +43,21 @@ def test_layers_with_few_channels_are_named(digits):
     assert find_warnings(_models(90, 80, 88), [*LAYERS, *thin], digits) == [
         "Few channels remain in layer4.0.conv1 56 of 512, layer1.0.conv1 8 of 64"
     ]
+
+
+def test_the_images_are_counted_per_class_and_have_a_checksum(digits, compute, tmp_path):
+    scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path)
+
+    def described(images):
+        return describe_run(scenario, images, compute, {})["dataset"]
+
+    before = described(digits)
+    for part, images in (("train", digits.train), ("test", digits.test)):
+        assert before[f"{part}_per_class"] == [int((images.labels == label).sum()) for label in range(10)]
+        content = images.pixels.numpy().tobytes() + images.labels.numpy().astype("<i8").tobytes()
+        assert before[f"{part}_sha256"] == hashlib.sha256(content).hexdigest()
+    assert before["classes"] == [str(number) for number in range(10)]
+    other = digits.test.select(torch.arange(len(digits.test)).flip(0))
+    after = described(replace(digits, test=other))
+    assert after["test_sha256"] != before["test_sha256"], "the order counts"
+    assert after["train_sha256"] == before["train_sha256"]

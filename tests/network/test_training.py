@@ -56,6 +56,7 @@ def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute)
         outputs = torch.cat([network(inputs) for inputs, _ in digits.test.batches(90)])
     correct = outputs.argmax(1) == digits.test.labels
     assert torch.equal(result.correct, correct)
+    assert torch.equal(result.predicted, outputs.argmax(1).int())
     assert result.accuracy_percent == pytest.approx(100 * correct.double().mean().item())
     loss = nn.functional.cross_entropy(outputs, digits.test.labels).item()
     assert result.loss == pytest.approx(loss, rel=1e-4)

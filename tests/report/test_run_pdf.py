@@ -1,4 +1,5 @@
 import io
+import json
 import re
 
 import numpy as np
@@ -10,7 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.run_pdf import pdf_report
-from tests.helpers import EXPORT, pdf_pages, pdf_text, run_record
+from cleanai.runtime.scenario import PROJECT
+from tests.helpers import EXPORT, INT8, pdf_pages, pdf_text, run_record
 
 SECTIONS = (
     "Summary",
@@ -19,7 +21,9 @@ SECTIONS = (
     "Layers before and after pruning",
     "Test coverage",
     "Accuracy per class",
+    "Changed predictions",
     "Images that are newly wrong",
+    "Accuracy on disturbed images",
     "Inference time",
     "Configuration",
     "Dataset and machine",
@@ -85,10 +89,15 @@ def test_the_pages_show_layers_coverage_classes_latency_and_how_to_repeat_it():
         f"fc ({223_000 / removed:.0f}%), layer1.0.conv1 ({111_000 / removed:.0f}%).",
         "Parameters (thousands)", "FLOPs for one image (millions)",
         "KMNC: sections of ranges reached 40.00 41.00 42.00 +2.00", "TKNC: neurons among a layer's top 3 41.50",
-        "Neurons 4,800 4,800 4,800", "Measured on 1,000 of the calibration images", "from 1,024 training images",
+        "NC: neurons above 0.75 on some image 35.00 35.00 35.00 +0.00", "SCC: neurons with both signs 41.50",
+        "Neurons 4,800 4,800 4,800 Dead channels 2 2 2", "in the final network: layer1.0.conv1 3, 17.",
+        "16,000 (uçak) to 17,000 (kuş) of a class", "SHA-256 of the test images: " + "c" * 64,
+        "Measured on 1,000 of the calibration images", "from 1,024 training images",
         "Active channels", "Mean normalised coverage (%)",
         "kuş 90.00 85.00 86.75 -3.25 1,000 37 5 gemi 90.00 85.00 90.00 +0.00 1,000 37 37 uçak",
-        "kuş, predicted uçak", "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
+        "kuş, predicted uçak", "gemi, predicted uçak 12 21 +9",
+        "Gaussian noise, strong 50.50 48.50 49.50 -1.00", "Mean of the corruptions 65.25 63.25 64.25 -1.00",
+        "Time for one image (ms)", "90th percentile 2.45 2.15 2.15",
         "a" * 64 + " ResNet18_CIFAR10_FTAP_NC_final.pth",
         'TS1_02_coverage_pruning.py --checkpoints-dir "D:\\Çalışma" --seed 0',
     ):  # fmt: skip
@@ -115,8 +124,32 @@ def test_the_outline_leads_to_every_section_and_every_page_has_its_number():
         assert f"Page {number}" in page
 
 
+def test_calibration_on_training_images_is_named():
+    record = run_record()
+    record["dataset"]["calibrated_on"] = "train"
+    record["heldout_bits"] = pack(np.ones(10_000, dtype=bool))
+    text = pdf_text(pdf_report(record))
+    for expected in (
+        "of the 10,000 held-out test images correctly",
+        "Measured on 1,000 of the held-out test images.",
+        "10,000, all held out; calibration used 6,000 training images",
+    ):
+        assert expected in text, expected
+
+
+def test_an_older_record_is_drawn_without_what_it_lacks():
+    for name in ("Coverage", "Wanda"):
+        path = PROJECT / "results" / "cpu-short" / f"TS1_{name}_ResNet18_CIFAR10.json"
+        text = pdf_text(pdf_report(json.loads(path.read_text(encoding="utf-8"))))
+        assert text.count("NC: neurons above") == 1
+        for absent in ("Changed predictions", "disturbed", "Deployed", "Dead channels", "SCC", "SHA-256 of the"):
+            assert absent not in text, absent
+
+
 def test_an_export_is_in_the_report():
-    text = pdf_text(pdf_report({**run_record(), "export": EXPORT}))
+    text = pdf_text(pdf_report({**run_record(), "export": {**EXPORT, "int8": INT8}}))
+    assert "Other class than PyTorch (images) 0 31" in text
+    assert "1,024 calibration images" in text
     for expected in ("ONNX Runtime, CPU (ms) 1.50 1.25 1.00", "8.1e-06", "ONNX Runtime 1.31.1", "Some CPU, 2 threads"):
         assert expected in text
 

@@ -13,7 +13,8 @@ from cleanai import UserError
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.pruning.pruner import PruneImages
 from cleanai.report.sweep_pdf import pdf_sweep, sweep_chart
-from cleanai.report.sweep_text import chosen_networks, sweep_answer, sweep_csv, sweep_text
+from cleanai.report.sweep_text import chosen_networks, explanation, sweep_answer, sweep_csv, sweep_text
+from cleanai.report.wording import origin_lines
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import Scenario
@@ -163,6 +164,13 @@ def chosen(tmp_path):
         record["config"]["fine_tuned_model"] = "abc" if method == "Wanda" else "another model"
         write_record(files.of(method).record, record)
     return chosen_networks(files, "abc")
+
+
+def test_calibration_on_training_images_is_named(record):
+    record["dataset"].update(calibrated_on="train", test_images=3_600)
+    assert "Accuracy is on 3,600 test images, calibration used 6,400 training images." in explanation(record)
+    assert "at most 50 x 128 training images" in pdf_text(pdf_sweep(record))
+    assert "held-out accuracy is on all 3,600 test images" in origin_lines(record)[1]
 
 
 def test_the_answer_names_the_ratio_up_to_which_accuracy_holds(record):

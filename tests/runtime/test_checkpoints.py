@@ -41,6 +41,14 @@ def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
     assert find_checkpoint(tmp_path / "none.pth", {}) is None
 
 
+def test_a_run_from_before_a_setting_is_one_with_what_it_did(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"config": {"epochs": 4}})
+    assert find_checkpoint(path, {"epochs": 4, "calibrate_on": "test"})
+    with pytest.raises(UserError, match=r"with --calibrate-on test, and this run is with --calibrate-on train: "):
+        find_checkpoint(path, {"epochs": 4, "calibrate_on": "train"})
+
+
 def test_another_fine_tuned_model_and_other_conditions_are_refused(tmp_path):
     path = tmp_path / "a.pth"
     save_checkpoint(path, {"config": {"fine_tuned_model": "1", "conditions": "float32, 3 images"}})

@@ -32,6 +32,7 @@ def test_files_of_the_pruning_scripts(method, tag):
     assert files.epoch(10) == folder / f"ResNet18_CIFAR10_FTAP_{tag}_epoch10.pth"
     assert files.final == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final.pth"
     assert files.exported == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final.onnx"
+    assert files.quantized == folder / f"ResNet18_CIFAR10_FTAP_{tag}_final_int8.onnx"
     assert files.report == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.pdf"
     assert files.record == folder / "reports" / f"TS1_{method}_ResNet18_CIFAR10.json"
 
@@ -63,7 +64,7 @@ def test_starting_over_removes_only_what_the_script_made(tmp_path):
     first = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path)
     second, sweep = first.of("Coverage"), first.of("Sweep")
     own = [second.pruned, second.epoch(5), second.epoch(10), second.final, second.resume, second.record, second.report]
-    own.append(second.exported)
+    own += [second.exported, second.quantized]
     of_sweep = [sweep.record, sweep.report, sweep.table, sweep.resume]
     others = [first.pretrained, first.epoch(5), first.final, second.folder / "notes.txt", sweep.folder / "notes.txt"]
     for path in own + of_sweep + others:

@@ -14,7 +14,20 @@ from tests.helpers import SMALL_MODEL, own_scripts, pdf_text
 
 FEW = ["--dataset", "Digits", "--batch-size", "16"]
 CALIBRATION = ["--calibration-batches", "1", "--repair-batches", "2"]
-PRUNE = ["--epochs", "1", "--steps", "1", "--train-samples", "64", "--timing-seconds", "1", *FEW, *CALIBRATION]
+PRUNE = [
+    "--epochs",
+    "1",
+    "--steps",
+    "1",
+    "--train-samples",
+    "64",
+    "--timing-seconds",
+    "1",
+    "--robustness-images",
+    "10",
+    *FEW,
+    *CALIBRATION,
+]
 
 
 def _example(name):

@@ -45,7 +45,7 @@ def own(copies, tmp_path_factory):
         options = ["--checkpoints-dir", folder / "out"]
         if script != COMPARE:
             options += ["--data-dir", folder / "images", "--epochs", "1", "--batch-size", "4"]
-            few = ["--steps", "1", "--calibration-batches", "2", "--timing-seconds", "1"]
+            few = ["--steps", "1", "--calibration-batches", "2", "--timing-seconds", "1", "--robustness-images", "10"]
             options += ["--weights", "none", *NORMALISATION] if script == SCRIPTS[0] else few
         result = run(copies[script], *options)
         assert result.returncode == 0, result.stderr
