@@ -146,6 +146,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "type": _share("same"),
         "help": "share of the multiply-accumulates (FLOPs) to remove: a number, same as --ratio, or none = no limit",
     },
+    "accept_drop": {
+        "type": _between(0, 100),
+        "help": "percentage points of accuracy that may be lost, named beforehand: the report says PASS, FAIL or NOT "
+        "SHOWN, by the 95%% interval on the held-out images",
+    },
     "ratios": {
         "type": _between(0, 1),
         "nargs": "+",
@@ -215,6 +220,10 @@ _COMMON: dict[str, dict[str, Any]] = {
         "help": "onnx: write the final model as ONNX too, and time it in ONNX Runtime; pt2: write it as a program that "
         "PyTorch runs without this project; for a finished run, repeat its options",
     },
+    "strict": {
+        "action": "store_true",
+        "help": "end with status 3 unless the verdict on --accept-drop is PASS; everything is written before",
+    },
     "fresh": {"action": "store_true", "help": "start over: delete the results of this script for this dataset"},
 }
 # The common options that a script has because of one of its settings.
@@ -224,6 +233,7 @@ _COME_WITH = {
     "weight_decay": ("compile",),
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds"),
+    "accept_drop": ("strict",),
     "ratios": ("tolerance",),
 }
 # What the default None means; for the others "all".
@@ -231,6 +241,7 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
+    "accept_drop": "no verdict",
 }
 
 
@@ -288,6 +299,8 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
             require_packages("--export onnx", ONNX)
         if args.export == "pt2":
             require_torch_export("--export pt2")
+    if "accept_drop" in settings and args.strict and args.accept_drop is None:
+        parser.error("argument --strict: there is no verdict without --accept-drop")
     if "flip" in settings:
         if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
             parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")

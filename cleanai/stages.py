@@ -16,6 +16,8 @@ from cleanai.runtime.files import file_digest, remove_file, write_bytes
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
+NOT_PASSED = 3  # the exit status of --strict
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -66,7 +68,8 @@ def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) 
 def publish(scenario: Scenario, record: Record, args: Options) -> None:
     """Export a pruning script's network if asked, print its table, and write its report where it is missing.
 
-    The table is printed even where nothing can be exported or written.
+    The table is printed even where nothing can be exported or written. With --strict a verdict other than PASS ends the
+    program with status 3, after all of it.
     """
     not_exported = None
     try:
@@ -86,6 +89,8 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
         print(f"PyTorch program: {scenario.standalone}")
     if not_exported:
         raise not_exported
+    if args.strict and record["verdict"]["result"] != "PASS":
+        raise SystemExit(NOT_PASSED)
 
 
 def _export(scenario: Scenario, record: Record, args: Options) -> None:
@@ -231,10 +236,11 @@ class Run:
 
         print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
-        scenario = self.scenario
+        scenario, accept_drop = self.scenario, self.args.accept_drop
         return {
             **self.description(),
             **measured,
+            **({} if accept_drop is None else {"verdict": self._verdict(accept_drop)}),
             "pruning": pruning,
             "history": history,
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
@@ -244,6 +250,14 @@ class Run:
             ],
             "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
         }
+
+    def _verdict(self, accept_drop: float) -> Record:
+        from cleanai.measure.significance import judge_drop
+
+        before, after = (
+            self.evaluations[name].correct[self.split.heldout].numpy() for name in ("original", "fine_tuned")
+        )
+        return judge_drop(before, after, accept_drop)
 
     def description(self) -> Record:
         """The entries of a record that are not measured."""

@@ -23,6 +23,7 @@ SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "dataset": "CIFAR10",
     "ratio": 0.2,  # share of the parameters to remove
     "macs_ratio": "same",  # share of the FLOPs to remove: the same, a number, or None
+    "accept_drop": None,  # points of accuracy that may be lost: with it the report has a verdict
     "coverage_metric": "normalized_mean",
     "steps": 5,
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget

@@ -245,7 +245,7 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "scenario": f"TS1_{method}_ResNet18_CIFAR10",
         "method": method,
         "config": {
-            "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2,
+            "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2, "accept_drop": None,
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
             "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60,
             "repair": "full", "repair_batches": 8,

@@ -15,10 +15,16 @@ from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic", "--compile"}
 OTHER_OPTIONS = {
     SCRIPTS[0]: COMMON | {"--models-dir"},
-    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds"},
-    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds"},
+    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds", "--strict"},
+    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds", "--strict"},
     COMPARE: {"--checkpoints-dir"},
     SWEEP: COMMON | {"--tolerance"},
+}
+DEFAULTS = {  # what None means, where it is not "all"
+    "image_size": "as the files are",
+    "mean": "of the training images",
+    "std": "of the training images",
+    "accept_drop": "no verdict",
 }
 
 
@@ -33,8 +39,7 @@ def test_help_explains_every_option_with_its_default(script):
     for name, default in settings.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         if default is None:
-            shown = {"image_size": "as the files are", "mean": "of the training images"}.get(name, "all")
-            shown = "of the training images" if name == "std" else shown
+            shown = DEFAULTS.get(name, "all")
         assert described["--" + name.replace("_", "-")].endswith(f"(default: {shown})")
     for option, text in described.items():
         assert len(text.split()) >= 4, f"{option} is not explained"
@@ -73,6 +78,8 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
+        (1, ["--accept-drop", "0"], "--accept-drop: 0 is not a number between 0 and 100"),
+        (2, ["--strict"], "--strict: there is no verdict without --accept-drop"),
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),

@@ -1,5 +1,6 @@
 """What the scripts share: publishing the results of a finished run."""
 
+import contextlib
 from argparse import Namespace
 
 import pytest
@@ -23,8 +24,24 @@ def scenario(tmp_path):
     return scenario
 
 
-def _options(scenario, export="onnx"):
-    return Namespace(export=export, data_dir=scenario.checkpoints_dir, timing_seconds=7.0)
+def _options(scenario, export="onnx", strict=False):
+    return Namespace(export=export, data_dir=scenario.checkpoints_dir, timing_seconds=7.0, strict=strict)
+
+
+@pytest.mark.parametrize(("result", "strict", "status"), [
+    ("PASS", True, None), ("FAIL", True, 3), ("NOT SHOWN", True, 3), ("FAIL", False, None),
+])  # fmt: skip
+def test_a_strict_run_without_a_pass_ends_with_its_own_status_after_its_report(scenario, result, strict, status):
+    record = run_record("Wanda")
+    judged = {"accept_drop_points": 1.0, "difference_points": -0.3, "interval_points": [-0.8, 0.2]}
+    record["verdict"] = {"result": result, **judged}
+    options = _options(scenario, "none", strict)
+    for _ in range(2):  # the second time as a finished run
+        ending = pytest.raises(SystemExit) if status else contextlib.nullcontext()
+        with ending as caught:
+            stages.publish(scenario, record, options)
+        assert not status or caught.value.code == status
+        assert scenario.report.exists()
 
 
 def test_a_network_that_cannot_be_exported_leaves_the_finished_run_and_its_report(scenario, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from cleanai.measure.significance import compare_paired, verdict
 from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
 from cleanai.report.notes import notes
-from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
+from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
@@ -27,6 +27,7 @@ from cleanai.report.wording import (
     requested_shares,
     speedup,
     timing_lines,
+    verdict_text,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
@@ -48,7 +49,7 @@ def pdf_report(record: Record) -> bytes:
     story = [
         text(_what_was_done(record)),
         *(warning(content) for content in record["warnings"]),
-        *section("Summary", *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
+        *section("Summary", *_verdict(record), *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
@@ -72,6 +73,11 @@ def _what_was_done(record: Record) -> str:
         f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
         f"Original network: {prepared_with(record)}."
     )
+
+
+def _verdict(record: Record) -> list[Any]:
+    judged = verdict_text(record)
+    return [headline(judged)] if judged else []
 
 
 def _answer(record: Record) -> list[str]:

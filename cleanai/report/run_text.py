@@ -12,6 +12,7 @@ from cleanai.report.wording import (
     method_title,
     speedup,
     timing_lines,
+    verdict_text,
     wrapped,
 )
 
@@ -86,6 +87,7 @@ def comparison_table(record: Record) -> str:
         (label, value, 12 if value[0].isdigit() and value.endswith("%") else 13)
         for label, value in summary_rows(record)
     ]
+    judged = verdict_text(record)
     return "\n".join(
         [
             f"{method_title(record['method']).upper()} PRUNING - COMPREHENSIVE COMPARISON TABLE",
@@ -98,6 +100,7 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
+            *(["", wrapped(judged)] if judged else []),
             *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]

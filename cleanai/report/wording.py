@@ -111,6 +111,27 @@ def interval_text(interval_points: list[float]) -> str:
     return f"{low:+.2f} to {high:+.2f}"
 
 
+def verdict_text(record: Record) -> str:
+    """Whether the accepted drop of accuracy was kept, with the reason; empty where no drop was named beforehand."""
+    if "verdict" not in record:
+        return ""
+    judged = record["verdict"]
+    points = counted_points(judged["accept_drop_points"])
+    shown = {
+        "PASS": f"the held-out images show that the final network loses less than {points} of accuracy",
+        "FAIL": f"the held-out images show that the final network loses more than {points} of accuracy",
+        "NOT SHOWN": f"the held-out images leave open whether the final network loses more or less than {points} of "
+        "accuracy",
+    }[judged["result"]]
+    interval = interval_text(judged["interval_points"])
+    return f"Verdict: {judged['result']}, {shown} (95% interval of the difference: {interval} points)."
+
+
+def counted_points(number: float) -> str:
+    """For example "1 point" or "0.5 points"."""
+    return "1 point" if number == 1 else f"{number:g} points"
+
+
 def is_narrow(interval_points: list[float]) -> bool:
     """Whether an interval shows that accuracy was kept: no change of more than a point is in it."""
     return max(map(abs, interval_points)) <= 1
