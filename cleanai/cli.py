@@ -141,7 +141,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "weight_decay": {"type": _between(0, 1, "low"), "help": "weight decay of Adam; 0 turns it off"},
     "train_samples": {"type": _whole(1), "help": "train on that many images, balanced over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
-    "ratio": {"type": _share("none"), "help": "share of the parameters to remove, between 0 and 1; none = no limit"},
+    "ratio": {
+        "type": _share("auto"),
+        "help": "share of the parameters to remove, between 0 and 1; none = no limit; auto = in steps of 5%% until "
+        "--accept-drop or --speedup ends it, so --steps does not count",
+    },
     "macs_ratio": {
         "type": _share("same"),
         "help": "share of the multiply-accumulates (FLOPs) to remove: a number, same as --ratio, or none = no limit",
@@ -149,8 +153,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "accept_drop": {
         "type": _between(0, 100),
         "help": "percentage points of accuracy that may be lost, named beforehand: the report says PASS, FAIL or NOT "
-        "SHOWN, by the 95%% interval on the held-out images",
+        "SHOWN, by the 95%% interval on the held-out images; with --ratio auto, pruning ends at this drop on the "
+        "calibration images",
     },
+    "speedup": {
+        "type": _between(1, 100),
+        "help": "prune until the network is so many times as fast on this device, by the median; implies --ratio auto",
+    },
+    "speedup_of": {"choices": ("single", "batch"), "help": "what --speedup is measured on: one image, or a batch"},
     "ratios": {
         "type": _between(0, 1),
         "nargs": "+",
@@ -242,6 +252,8 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
     "accept_drop": "no verdict",
+    "speedup": "no goal",
+    "speedup_of": "single",
 }
 
 
@@ -291,16 +303,17 @@ def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], set
 
 def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     """Refuse combinations of options that make no sense."""
+    if "accept_drop" in settings:
+        _check_limits(args, parser)
     if "ratio" in settings:
-        args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
+        if args.macs_ratio == "same" and args.ratio != "auto":
+            args.macs_ratio = args.ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
         if args.export == "onnx":
             require_packages("--export onnx", ONNX)
         if args.export == "pt2":
             require_torch_export("--export pt2")
-    if "accept_drop" in settings and args.strict and args.accept_drop is None:
-        parser.error("argument --strict: there is no verdict without --accept-drop")
     if "flip" in settings:
         if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
             parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")
@@ -312,3 +325,20 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
     processes = distributed.processes()
     if "batch_size" in settings and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
+
+
+def _check_limits(args: Options, parser: argparse.ArgumentParser) -> None:
+    """Refuse combinations of the options that end the pruning."""
+    if args.strict and args.accept_drop is None:
+        parser.error("argument --strict: there is no verdict without --accept-drop")
+    if args.speedup is None and args.speedup_of:
+        parser.error("argument --speedup-of: it is for --speedup")
+    if args.speedup is not None:
+        given = any(each.split("=")[0] == "--ratio" for each in sys.argv[1:])
+        if given and args.ratio != "auto":
+            parser.error("argument --ratio: --speedup decides how much is removed, leave it out")
+        args.ratio, args.speedup_of = "auto", args.speedup_of or "single"
+    if args.ratio == "auto" and args.accept_drop is None and args.speedup is None:
+        parser.error("argument --ratio: auto needs --accept-drop or --speedup, which end the pruning")
+    if args.ratio == "auto" and args.macs_ratio not in ("same", None):
+        parser.error("argument --macs-ratio: with --ratio auto it is same or none")

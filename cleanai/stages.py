@@ -20,6 +20,7 @@ NOT_PASSED = 3  # the exit status of --strict
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch_pruning.importance import Importance
 
     from cleanai.cli import Options
     from cleanai.data.images import Images
@@ -181,11 +182,34 @@ class Run:
 
     @property
     def prune_settings(self) -> PruneSettings:
-        """The settings of the pruning."""
+        """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
         from cleanai.pruning.pruner import PruneSettings
+        from cleanai.search import FURTHEST
 
         args = self.args
-        return PruneSettings(args.ratio, args.macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        ratio, macs_ratio = (
+            FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
+        )
+        return PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+
+    def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:
+        """Prune a copy of the network by the shares of the options, or up to their limits, and save it.
+
+        Returns it with the report on the pruning.
+        """
+        from cleanai.network.trial import copied
+        from cleanai.pruning.pruner import prune_to_budget
+        from cleanai.search import Limits, prune_to_limits
+
+        args, work = self.args, (importance, self.prune_images, self.compute, self.prune_settings)
+        if args.ratio == "auto":
+            limits = Limits(args.accept_drop, args.speedup, args.speedup_of)
+            pruned, pruning, unrepaired = prune_to_limits(original, *work, limits)
+        else:
+            pruned = copied(original)
+            pruning, unrepaired = prune_to_budget(pruned, *work)
+        self._save_pruned(pruned, unrepaired, pruning)
+        return pruned, pruning
 
     def find_pruned(self) -> tuple[nn.Module | None, Record]:
         """The pruned network of an interrupted run with its report, or None and an empty report."""
@@ -200,7 +224,7 @@ class Run:
         self.evaluations["pruned"] = Evaluation.stored_in(checkpoint)
         return self.compute.place(network_from(checkpoint, path)), dict(checkpoint["pruning"])
 
-    def save_pruned(self, network: nn.Module, unrepaired: nn.Module, pruning: Record) -> None:
+    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, pruning: Record) -> None:
         """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`."""
         from cleanai.network.models import save_network
 

@@ -87,7 +87,7 @@ def prune_to_budget(
     images: PruneImages,
     compute: Compute,
     settings: PruneSettings,
-    after_step: Callable[[int, nn.Module, nn.Module], None] | None = None,
+    after_step: Callable[[int, nn.Module, nn.Module], Any] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Remove shares of a network's parameters and multiply-accumulates, in place.
 
@@ -98,9 +98,9 @@ def prune_to_budget(
 
     Returns a report (`steps`: shares requested and removed after each step, in percent, and its seconds; `layers`:
     widths before and after), and a copy of the network without the same channels, not repaired. `after_step` is called
-    with the number of each step, the network and that copy, and must not change them. Both keep the mode, precision,
-    device and frozen parameters of the network; weights that two layers share are not pruned. In DataParallel the
-    network inside is pruned.
+    with the number of each step, the network and that copy, and must not change them; a true answer ends the pruning.
+    Both keep the mode, precision, device and frozen parameters of the network; weights that two layers share are not
+    pruned. In DataParallel the network inside is pruned.
 
     Raises UserError, before anything is changed, when the shares cannot be met or the network cannot be pruned.
     """
@@ -121,15 +121,10 @@ def prune_to_budget(
             removed_shares = pruning.step(title, fraction)
         seconds = time.perf_counter() - started
         steps.append({**_report(title, pruning.requested(fraction), removed_shares, seconds), "seconds": seconds})
-        if after_step is not None:
-            after_step(step, network, pruning.unrepaired)
+        if after_step is not None and after_step(step, network, pruning.unrepaired):
+            break
         started = time.perf_counter()
-    widths = layer_widths(network)
-    layers = [
-        {"name": name, "channels_before": width, "channels_after": widths[name]}
-        for name, width in widths_before.items()
-    ]
-    return {"steps": steps, "layers": layers}, pruning.unrepaired
+    return {"steps": steps, "layers": compare_widths(widths_before, network)}, pruning.unrepaired
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:
@@ -139,6 +134,12 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
         for name, layer in network.named_modules()
         if isinstance(layer, CONSUMERS)
     }
+
+
+def compare_widths(before: dict[str, int], network: nn.Module) -> list[dict[str, Any]]:
+    """The `layer_widths` before, and those of a network now: per layer its `name` and both."""
+    widths = layer_widths(network)
+    return [{"name": name, "channels_before": width, "channels_after": widths[name]} for name, width in before.items()]
 
 
 class _Pruning:

@@ -7,9 +7,9 @@ from typing import Any
 from reportlab.platypus import Spacer, Table
 
 from cleanai.measure.significance import compare_paired, verdict
-from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
+from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart
 from cleanai.report.comparison import heldout_flags
-from cleanai.report.notes import notes
+from cleanai.report.notes import notes, path_end
 from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
@@ -23,14 +23,15 @@ from cleanai.report.wording import (
     is_narrow,
     method_title,
     prepared_with,
+    pruning_goal,
     repair_stages,
-    requested_shares,
     speedup,
     timing_lines,
     verdict_text,
 )
 
 _MOST_CLASSES = 20  # in the table of classes
+_STEPS = "after each step"
 _TERMS = (
     "Held-out are the test images that were not used for calibration. Significance covers variation between test "
     "images, not between training seeds."
@@ -52,6 +53,7 @@ def pdf_report(record: Record) -> bytes:
         *section("Summary", *_verdict(record), *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
+        *(section("How far the pruning went", *_path(record)) if "path" in record["pruning"] else []),
         *section("Layers before and after pruning", *_layers(record)),
         *section("Test coverage", *_coverage(record)),
         *section("Accuracy per class", *_classes(record)),
@@ -68,8 +70,7 @@ def pdf_report(record: Record) -> bytes:
 def _what_was_done(record: Record) -> str:
     config, dataset = record["config"], record["dataset"]
     return (
-        f"{record['scenario']}: {requested_shares(config)} removed in "
-        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
+        f"{record['scenario']}: {pruning_goal(record)}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
         f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
         f"Original network: {prepared_with(record)}."
     )
@@ -129,6 +130,40 @@ def _epochs_note(record: Record) -> str:
         f"Epoch 0 is the pruned network: test accuracy {repair_stages(record['pruning'])}. The training curve is of "
         f"augmented images during the epoch.{used if images > batch and images % batch else ''}"
     )
+
+
+def _path(record: Record) -> list[Any]:
+    """The steps of a pruning that went on up to a limit: accuracy over what was removed, and all numbers."""
+    path = record["pruning"]["path"]
+    original = path[0]["accuracy_calibration_percent"]
+    points = [(step["parameters_removed_percent"], step["accuracy_calibration_percent"]) for step in path]
+    last = points[len(record["pruning"]["steps"])]
+    panel = Panel("Parameters removed (%)", {_STEPS: points}, stars=[(_STEPS, True, *last)])
+    timed = "speedup" in path[-1]
+    head = ["Step", "Parameters removed (%)", "FLOPs removed (%)", "Accuracy (%)", "Change (points)"]
+    rows = [[*head, *(["Median time (ms)", "Speed-up"] if timed else []), "Taken"]]
+    for number, step in enumerate(path):
+        accuracy = step["accuracy_calibration_percent"]
+        times = [f"{step['latency_median_ms']:.2f}", f"{step['speedup']:.2f}x"] if "speedup" in step else ["", ""]
+        rows.append(
+            [
+                str(number) if number else "Original",
+                f"{step['parameters_removed_percent']:.1f}",
+                f"{step['macs_removed_percent']:.1f}",
+                f"{accuracy:.2f}",
+                f"{round(accuracy - original, 2) + 0.0:+.2f}" if number else "",
+                *(times if timed else []),
+                "yes" if step["taken"] else "no",
+            ]
+        )
+    how = f" Times are for {counted(path[-1]['latency_images'], 'image')}, briefly measured." if timed else ""
+    return [
+        text(f"{path_end(record)} Accuracy is on the calibration images, after the repair of each step.{how}"),
+        Spacer(1, 4),
+        curves_chart([panel], original, [("the pruned network", _STEPS, True)]),
+        Spacer(1, 6),
+        table(rows, [WIDTH * share for share in ((0.13, 0.17, *[0.7 / (len(rows[0]) - 2)] * (len(rows[0]) - 2)))]),
+    ]
 
 
 def _layers(record: Record) -> list[Any]:
@@ -245,6 +280,7 @@ def _latency(record: Record) -> list[Any]:
 
 def _configuration(record: Record) -> list[tuple[str, str]]:
     config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
+    config = {key: value for key, value in config.items() if value is not None or "ratio" in key}  # None: not asked for
     del config["fine_tuned_model"]  # the section on checkpoints has its SHA-256
     names = {
         "ratio": "Ratio of parameters",

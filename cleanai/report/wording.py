@@ -80,6 +80,26 @@ def timing_lines(record: Record) -> list[str]:
     return [f"Inference time: one image, {how}. Throughput: batches of {batch}, without a graph."] if how else []
 
 
+def pruning_goal(record: Record) -> str:
+    """What was to be removed, and in how many steps."""
+    config, steps = record["config"], counted(len(record["pruning"]["steps"]), "step")
+    if config["ratio"] != "auto":
+        return f"{requested_shares(config)} removed in {steps}"
+    ends = []
+    if config["accept_drop"] is not None:
+        ends.append(
+            f"before the accuracy on the calibration images fell by more than {counted_points(config['accept_drop'])}"
+        )
+    if config["speedup"] is not None:
+        ends.append(f"at a speed-up of {config['speedup']:g} {speedup_of(config)}")
+    return f"pruned in {steps}, to end {' or '.join(ends)}"
+
+
+def speedup_of(config: Record) -> str:
+    """What the speed-up is of that was to be reached."""
+    return "in batches" if config["speedup_of"] == "batch" else "on single images"
+
+
 def requested_shares(config: Record) -> str:
     """The shares that were to be removed."""
     parameters, macs = config["ratio"], config["macs_ratio"]

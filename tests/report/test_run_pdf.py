@@ -9,8 +9,9 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
+from cleanai.report.notes import notes
 from cleanai.report.run_pdf import pdf_report
-from tests.helpers import EXPORT, pdf_pages, pdf_text, run_record
+from tests.helpers import EXPORT, auto_record, pdf_pages, pdf_text, run_record
 
 SECTIONS = (
     "Summary",
@@ -119,6 +120,28 @@ def test_an_export_is_in_the_report():
     text = pdf_text(pdf_report({**run_record(), "export": EXPORT}))
     for expected in ("ONNX Runtime, CPU (ms) 1.50 1.25 1.00", "8.1e-06", "ONNX Runtime 1.31.1", "Some CPU, 2 threads"):
         assert expected in text
+
+
+def test_the_steps_up_to_a_limit_are_in_the_report():
+    assert "How far the pruning went" not in pdf_text(pdf_report(run_record()))
+    record = auto_record()
+    text = pdf_text(pdf_report(record))
+    for expected in (
+        "pruned in 5 steps, to end before the accuracy on the calibration images fell by more than 1 point or at a "
+        "speed-up of 1.5 on single images, then 3 epochs",
+        "The pruning ended because the next step lost more than 1 point of accuracy",
+        "Original 0.0 0.0 97.20 yes 1 5.0 5.1 97.00 -0.20 1.95 1.05x yes",
+        "6 30.0 30.6 95.90 -1.30 1.70 1.30x no",
+    ):
+        assert expected in text, expected
+    (note,) = notes(record)
+    assert "speed-up of 1.5 on single images was not reached: 1.25 is that of the last step" in note
+    assert notes(auto_record("speedup")) == []
+    for step in record["pruning"]["path"]:
+        for key in ("speedup", "latency_median_ms", "latency_images"):
+            step.pop(key, None)
+    record["config"].update(speedup=None, speedup_of=None)
+    assert "1 5.0 5.1 97.00 -0.20 yes" in pdf_text(pdf_report(record))
 
 
 def test_warnings_stand_before_the_summary():
