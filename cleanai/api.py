@@ -14,7 +14,7 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, find_layers, prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.search import FURTHEST, Limits, prune_to_limits
@@ -38,6 +38,7 @@ def prune(
     macs_ratio: float | str | None = "same",
     round_to: Sequence[int] = PruneSettings.round_to,
     accept_drop: float | None = None,
+    keep_layers: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a pruned copy of a trained network, and a report. The network itself does not change.
 
@@ -51,19 +52,21 @@ def prune(
     accuracy on other images.
     `criterion` is the name of a method in `CRITERIA` ("wanda", "coverage", your own) or of a baseline ("L2 magnitude",
     "random choice"), capitals do not matter; or an importance, an instance. Layer widths are multiples of the first
-    number in `round_to` that can meet the ratios. It prunes in 3 steps, with full repair (`prune_to_budget`).
+    number in `round_to` that can meet the ratios. Layers whose names match a pattern in `keep_layers` ("layer4.*") keep
+    their output channels. It prunes in 3 steps, with full repair (`prune_to_budget`).
 
     The copy is in evaluation mode, on the network's device; fine-tune it as any network. The work is done there if it
     is a CUDA device, else on the first CUDA device there is, else on the CPU. The report is that of `prune_to_budget`:
-    `steps` and `layers`; with "auto" also `path` and `ended_by` (`prune_to_limits`). Raises UserError, in one sentence,
-    when an argument is wrong, the network cannot be pruned, or the ratios cannot be met.
+    `steps`, `layers`, `sensitivity`; with "auto" also `path` and `ended_by` (`prune_to_limits`). Raises UserError, in
+    one sentence, when an argument is wrong, the network cannot be pruned, or the ratios cannot be met.
     """
     _check_drop(ratio, macs_ratio, accept_drop)
     auto = ratio == "auto"
     shares = (FURTHEST, macs_ratio and FURTHEST) if auto else _shares(ratio, macs_ratio)
-    settings = PruneSettings(*shares, STEPS, _multiples(round_to), nearest=True)
+    settings = PruneSettings(*shares, STEPS, _multiples(round_to), nearest=True, keep_layers=_patterns(keep_layers))
     importance = _importance(criterion)
     with _Workplace(network) as place:
+        find_layers(place.network, settings.keep_layers)
         used = _prune_images(place.network, place.prepared(images))
         pruned = place.network
         if auto:
@@ -199,6 +202,13 @@ def _multiples(round_to: Sequence[int]) -> tuple[int, ...]:
     if not multiples or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in multiples):
         raise UserError(f"round_to is {round_to!r}: give whole numbers of at least 1, for example round_to=(16, 8, 1)")
     return tuple(map(int, multiples))
+
+
+def _patterns(keep_layers: Sequence[str]) -> tuple[str, ...]:
+    patterns = keep_layers if isinstance(keep_layers, (list, tuple)) else (keep_layers,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"keep_layers is {keep_layers!r}: give names of layers, for example ['conv1', 'layer4.*']")
+    return tuple(patterns)
 
 
 def _importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:

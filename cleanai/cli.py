@@ -161,6 +161,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "help": "prune until the network is so many times as fast on this device, by the median; implies --ratio auto",
     },
     "speedup_of": {"choices": ("single", "batch"), "help": "what --speedup is measured on: one image, or a batch"},
+    "keep_layers": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "layers that keep all output channels, by name, as the report shows them; * stands for any characters: "
+        "conv1 'layer4.*'",
+    },
     "ratios": {
         "type": _between(0, 1),
         "nargs": "+",
@@ -253,6 +259,7 @@ _DEFAULT_WORDS = {
     "image_size": "as the files are",
     "accept_drop": "no verdict",
     "speedup": "no goal",
+    "keep_layers": "none",
     "speedup_of": "single",
 }
 

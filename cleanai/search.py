@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,9 +69,12 @@ def prune_to_limits(
         try:
             report, _ = prune_to_budget(copied(network), importance, images, compute, stepwise, search.judge)
             break
-        except BudgetMissed:
-            goal -= STEP
-            if goal < STEP / 2:
+        except BudgetMissed as error:
+            # The nearest found bounds what can be removed of both costs alike: by their mean.
+            near = [share for share in error.shares or () if share is not None]
+            most = sum(near) / len(near) if near else goal
+            goal = STEP * math.floor(min(most, goal - STEP) / STEP + _ROUNDING)
+            if goal <= 0:
                 raise
     return search.result(report)
 

@@ -140,10 +140,12 @@ class Run:
         from cleanai.measure.results import Split
         from cleanai.network.models import network_from
         from cleanai.network.trial import try_network
+        from cleanai.pruning.pruner import find_layers
 
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        find_layers(original, args.config.get("keep_layers") or ())
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split(*self.images.calibration_split(args.calibration_batches * args.batch_size, args.seed))
@@ -190,7 +192,8 @@ class Run:
         ratio, macs_ratio = (
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
         )
-        return PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        return replace(settings, keep_layers=args.keep_layers or ())
 
     def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:
         """Prune a copy of the network by the shares of the options, or up to their limits, and save it.

@@ -26,6 +26,7 @@ SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "accept_drop": None,  # points of accuracy that may be lost: for a verdict, and the end of auto
     "speedup": None,  # auto ends, too, when the network is so many times as fast
     "speedup_of": None,  # a single image
+    "keep_layers": None,  # names and patterns, as ["conv1", "layer4.*"]: these layers keep all channels
     "coverage_metric": "normalized_mean",
     "steps": 5,
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget

@@ -246,7 +246,7 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "method": method,
         "config": {
             "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2, "accept_drop": None,
-            "speedup": None, "speedup_of": None,
+            "speedup": None, "speedup_of": None, "keep_layers": None,
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
             "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60,
             "repair": "full", "repair_batches": 8,
@@ -293,6 +293,10 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
                 {"parameters_asked_percent": 4.0 * step, "macs_asked_percent": 4.0 * step,
                  "parameters_removed_percent": 4.01 * step, "macs_removed_percent": 4.1 * step, "seconds": 9.0}
                 for step in range(1, 6)
+            ],
+            "sensitivity": [
+                {"layers": ["layer1.0.conv1"], "readers": ["fc"], "channels": 64,
+                 "lost_percent": [float(2**tenth) / 6 for tenth in range(1, 10)]},
             ],
             "layers": [{"name": name, "channels_before": a, "channels_after": b} for name, a, b in widths],
             "accuracy_raw_percent": 74.12, "accuracy_recalibrated_percent": 88.31,

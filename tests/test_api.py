@@ -91,6 +91,7 @@ class ByIndex(tp.importance.Importance):
 def test_a_criterion_is_a_name_of_any_case_or_an_instance(network, images, monkeypatch):
     monkeypatch.setitem(CRITERIA, "Mine", ByIndex)
     for criterion in ("mINE", ByIndex()):
+        assert prune(network, images, 0.3, criterion, None, keep_layers="features.0")[0].features[0].out_channels == 12
         kept = prune(network, images, 0.3, criterion, None, round_to=[1])[0].features[0].weight
         assert torch.equal(kept, network.features[0].weight[: len(kept)])
 
@@ -114,6 +115,11 @@ def test_a_criterion_is_a_name_of_any_case_or_an_instance(network, images, monke
             {"ratio": "auto", "accept_drop": 1.0, "images": image_set(torch.zeros(20, 3, 16, 16, dtype=torch.uint8))},
             "images has images of one class only",
         ),
+        (
+            {"keep_layers": ["features.9"]},
+            r"No layer matches 'features\.9'.*the layers are features.0, features.4, mid",
+        ),
+        ({"keep_layers": 3}, "keep_layers is 3: "),
         ({"round_to": ()}, r"round_to is \(\): "),
         ({"round_to": [8, 0]}, r"round_to is \[8, 0\]: "),
         ({"round_to": "8"}, "round_to is '8': "),

@@ -25,6 +25,7 @@ DEFAULTS = {  # what None means, where it is not "all"
     "mean": "of the training images",
     "std": "of the training images",
     "accept_drop": "no verdict",
+    "keep_layers": "none",
     "speedup": "no goal",
     "speedup_of": "single",
 }

@@ -7,7 +7,7 @@ from typing import Any
 from reportlab.platypus import Spacer, Table
 
 from cleanai.measure.significance import compare_paired, verdict
-from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart
+from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart, small_charts
 from cleanai.report.comparison import heldout_flags
 from cleanai.report.notes import notes, path_end
 from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
@@ -30,6 +30,7 @@ from cleanai.report.wording import (
     verdict_text,
 )
 
+_MOST_GROUPS = 40  # with a chart of their sensitivity
 _MOST_CLASSES = 20  # in the table of classes
 _STEPS = "after each step"
 _TERMS = (
@@ -52,9 +53,10 @@ def pdf_report(record: Record) -> bytes:
         *(warning(content) for content in record["warnings"]),
         *section("Summary", *_verdict(record), *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
-        *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *(section("How far the pruning went", *_path(record)) if "path" in record["pruning"] else []),
+        *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
+        *(section("Sensitivity of the layers", *_sensitivity(record)) if record["pruning"].get("sensitivity") else []),
         *section("Test coverage", *_coverage(record)),
         *section("Accuracy per class", *_classes(record)),
         *(_newly_wrong(record) if record["newly_wrong"] else []),
@@ -153,7 +155,7 @@ def _path(record: Record) -> list[Any]:
                 f"{accuracy:.2f}",
                 f"{round(accuracy - original, 2) + 0.0:+.2f}" if number else "",
                 *(times if timed else []),
-                "yes" if step["taken"] else "no",
+                ("yes" if step["taken"] else "no") if number else "",
             ]
         )
     how = f" Times are for {counted(path[-1]['latency_images'], 'image')}, briefly measured." if timed else ""
@@ -179,6 +181,30 @@ def _layers(record: Record) -> list[Any]:
         for key, what in (("parameters", "parameters"), ("macs", "FLOPs"))
     )
     return [layers_chart(names, panels), text(f"{most} Batch norm and pooling are not shown.")]
+
+
+def _sensitivity(record: Record) -> list[Any]:
+    """What each group of layers loses without some of its channels, and what was removed."""
+    widths = {layer["name"]: layer for layer in record["pruning"]["layers"]}
+    groups = record["pruning"]["sensitivity"]
+    limit = sorted((group["lost_percent"][4] for group in groups), reverse=True)[:_MOST_GROUPS][-1]
+    charts = []
+    for group in [group for group in groups if group["lost_percent"][4] >= limit][:_MOST_GROUPS]:
+        first, others = group["layers"][0], len(group["layers"]) - 1
+        removed = 100 * (1 - widths[first]["channels_after"] / widths[first]["channels_before"])
+        points = [(0.0, 0.0), *((10.0 * tenth, lost) for tenth, lost in enumerate(group["lost_percent"], 1))]
+        charts.append((f"{first}{f' and {others} more' if others else ''} ({group['channels']})", points, removed))
+    some = f" The {len(charts)} of {len(groups)} groups that lose most." if len(charts) < len(groups) else ""
+    return [
+        text(
+            "Across: removed channels of a layer, in percent; in brackets the number it had. Upwards: how much of the "
+            "outputs of the layers that read them is lost, in percent, when the channels with the lowest scores are "
+            "removed and the rest is reconstructed. Measured on the original network, before the first step. Layers "
+            f"that share channels are one chart. The dashed line is what was removed in all.{some}"
+        ),
+        Spacer(1, 4),
+        *small_charts(charts),
+    ]
 
 
 def _before_and_after(layers: list[Record], key: str, unit: float) -> dict[str, list[float]]:
