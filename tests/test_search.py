@@ -37,7 +37,8 @@ def _search(network, images, compute, limits, repair="full", ratio=0.9):
     return prune_to_limits(network, WandaImportance(), images, compute, settings, limits)
 
 
-def test_pruning_ends_with_the_last_step_within_the_accepted_drop(trained, images, compute, capsys):
+def test_pruning_ends_with_the_last_step_within_the_accepted_drop(trained, images, compute, capsys, monkeypatch):
+    monkeypatch.setattr(cleanai.search, "STEP", 0.1)
     before = copy.deepcopy(trained.state_dict())
     pruned, report, unrepaired = _search(trained, images, compute, Limits(4.0))
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.state_dict().items())
@@ -55,7 +56,7 @@ def test_pruning_ends_with_the_last_step_within_the_accepted_drop(trained, image
     assert len(report["steps"]) == len(steps) - 1
     removed = 100 * (1 - parameter_count(pruned) / parameter_count(trained))
     assert removed == pytest.approx(steps[-2]["parameters_removed_percent"])
-    assert steps[0]["macs_removed_percent"] == pytest.approx(5, abs=3)
+    assert steps[0]["macs_removed_percent"] == pytest.approx(10, abs=3)
     assert layer_widths(unrepaired) == layer_widths(pruned)
     assert {layer["name"]: layer["channels_after"] for layer in report["layers"]} == layer_widths(pruned)
     assert {layer["name"]: layer["channels_before"] for layer in report["layers"]} == layer_widths(trained)
