@@ -10,9 +10,11 @@ from torch import nn
 from cleanai import UserError, image_set, stages
 from cleanai.measure import onnx_export
 from cleanai.measure.latency import Times
+from cleanai.measure.provenance import checkpoint_facts
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
-from tests.helpers import EXPORT, run_record
+from tests.helpers import EXPORT, SMALL_MODEL, run_record
+from tests.small_network import SmallNetwork
 
 
 @pytest.fixture
@@ -75,3 +77,16 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
     assert given == [7.0]
     assert read_record(scenario.record)["export"].keys() == EXPORT.keys()
     assert scenario.exported.exists()
+
+
+def test_a_pattern_that_no_layer_matches_is_refused_before_any_work(digits, compute, tmp_path, monkeypatch):
+    scenario = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda")
+    facts = checkpoint_facts(scenario, digits, compute, {})
+    prepared = {**facts, "state_dict": SmallNetwork(10).state_dict()}
+    args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16)
+    run = stages.Run(scenario, args, compute, digits, facts, prepared)
+    monkeypatch.setattr("cleanai.network.trial.try_network", lambda *_: pytest.fail("a network was run"))
+    with pytest.raises(
+        UserError, match=r"No layer matches 'conv9', .* the layers are stem.0, first.0, second.0, last.0"
+    ):
+        run.load_original()

@@ -389,8 +389,7 @@ def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path)
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
     options = [scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "1", "--ratio", "auto"]
-    fails(prune(*options, "--accept-drop", "30", "--keep-layers", "x*"), "No layer matches 'x*'", "stem.0, first.0")
-    options += ["--accept-drop", "30", "--keep-layers", "last*", "--strict"]
+    options += ["--accept-drop", "7", "--keep-layers", "last*", "--strict"]
     result = prune(*options)
     scenario = _scenario(tmp_path, "Wanda", model=SMALL_MODEL)
     record = read_record(scenario.record)
@@ -398,7 +397,7 @@ def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path)
     assert f"Verdict: {record['verdict']['result']}" in result.stdout
     original, *steps = [step["accuracy_calibration_percent"] for step in record["pruning"]["path"]]
     taken = steps[: len(record["pruning"]["steps"])]
-    assert taken and original - min(taken) <= 30
+    assert taken and original - min(taken) <= 7
     removed = record["summary"]["parameter_reduction_percent"]
     assert removed == pytest.approx(record["pruning"]["steps"][-1]["parameters_removed_percent"])
     widths = {layer["name"]: layer["channels_after"] for layer in record["pruning"]["layers"]}
@@ -409,6 +408,4 @@ def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path)
     assert "Found the pruned network of an earlier run" in resumed.stdout and "Step 1" not in resumed.stdout
     again = read_record(scenario.record)
     assert (again["pruning"], again["verdict"]) == (record["pruning"], record["verdict"])
-    finished = prune(*options)
-    assert "Already finished" in finished.stdout
-    assert finished.returncode == resumed.returncode == result.returncode
+    assert resumed.returncode == result.returncode
