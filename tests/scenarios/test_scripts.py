@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from cleanai.measure.latency import LEAST_TURNS
-from cleanai.measure.significance import compare_paired, unpack
+from cleanai.measure.significance import compare_paired, judge_drop, unpack
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
+from cleanai.report.comparison import heldout_flags
 from cleanai.report.run_text import comparison_table, preparation_table
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
@@ -395,6 +396,8 @@ def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path)
     record = read_record(scenario.record)
     assert result.returncode == (0 if record["verdict"]["result"] == "PASS" else 3), result.stderr
     assert f"Verdict: {record['verdict']['result']}" in result.stdout
+    flags = heldout_flags(record)
+    assert record["verdict"] == judge_drop(flags["original"], flags["fine_tuned"], 7.0)
     original, *steps = [step["accuracy_calibration_percent"] for step in record["pruning"]["path"]]
     taken = steps[: len(record["pruning"]["steps"])]
     assert taken and original - min(taken) <= 7
