@@ -165,7 +165,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "metavar": "PATTERN",
         "help": "layers that keep all output channels, by name, as the report shows them; * stands for any characters: "
-        "conv1 'layer4.*'",
+        'conv1 "layer4.*"',
     },
     "ratios": {
         "type": _between(0, 1),
