@@ -29,7 +29,7 @@ SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "keep_layers": None,  # names and patterns, as ["conv1", "layer4.*"]: these layers keep all channels
     "steps": 5,
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget
-    "calibration_batches": 50,  # of test images; their accuracy selects nothing
+    "calibration_batches": 50,  # of test images; their accuracy only ends auto, and selects nothing else
     "repair": "full",  # after each step: reconstruct layers and recalibrate batch norm
     "repair_batches": 8,  # of training images; labels are not used
     "epochs": 30,
