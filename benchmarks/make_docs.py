@@ -168,9 +168,10 @@ def options_page() -> str:
 
 def _without_default(action: argparse.Action) -> tuple[str, str]:
     """The help of an option, and its default, without the path of the project."""
-    match = re.match(r"(.*) \(default: (.*)\)$", str(action.help))
+    text = str(action.help).replace("%%", "%")
+    match = re.match(r"(.*) \(default: (.*)\)$", text)
     if match is None:
-        return str(action.help), "off"
+        return text, "off"
     default = match[2].replace("%(default)s", str(action.default)).replace(f"{PROJECT}{os.sep}", "")
     return match[1], default
 

@@ -14,9 +14,10 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import PruneImages, PruneSettings, find_layers, prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.search import FURTHEST, Limits, prune_to_limits
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
 
 STEPS = 3
@@ -32,10 +33,12 @@ _NEED_GRADIENTS = tuple(
 def prune(
     network: nn.Module,
     images: ImageSet,
-    ratio: float | None = 0.3,
+    ratio: float | str | None = 0.3,
     criterion: str | tp.importance.Importance = "wanda",
     macs_ratio: float | str | None = "same",
     round_to: Sequence[int] = PruneSettings.round_to,
+    accept_drop: float | None = None,
+    keep_layers: Sequence[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a pruned copy of a trained network, and a report. The network itself does not change.
 
@@ -43,24 +46,36 @@ def prune(
 
     `ratio` is the share of the parameters to remove, `macs_ratio` that of the multiply-accumulates: "same" as `ratio`.
     None leaves one of them free. Small networks meet few of them exactly: then the nearest is taken, if it is within 2
-    points, and a line says so. `images` (`cleanai.image_set`, at least 16, better some hundred) are as the network was
-    trained on; no label is used. Measure the accuracy on other images.
+    points, and a line says so. With `ratio="auto"` it goes on in steps of 5% of both costs, up to the last one after
+    which the accuracy on `images` is no more than `accept_drop` points lower. `images` (`cleanai.image_set`, at least
+    16, better some hundred) are as the network was trained on; their labels are used with "auto" alone. Measure the
+    accuracy on other images.
     `criterion` is the name of a method in `CRITERIA` ("wanda", "coverage", your own) or of a baseline ("L2 magnitude",
     "random choice"), capitals do not matter; or an importance, an instance. Layer widths are multiples of the first
-    number in `round_to` that can meet the ratios. It prunes in 3 steps, with full repair (`prune_to_budget`).
+    number in `round_to` that can meet the ratios. Layers whose names match a pattern in `keep_layers` ("layer4.*") keep
+    their output channels. It prunes in 3 steps, with full repair (`prune_to_budget`).
 
     The copy is in evaluation mode, on the network's device; fine-tune it as any network. The work is done there if it
     is a CUDA device, else on the first CUDA device there is, else on the CPU. The report is that of `prune_to_budget`:
-    `steps` and `layers`. Raises UserError, in one sentence, when an argument is wrong, the network cannot be pruned, or
-    the ratios cannot be met.
+    `steps`, `layers`, `sensitivity`; with "auto" also `path` and `ended_by` (`prune_to_limits`). Raises UserError, in
+    one sentence, when an argument is wrong, the network cannot be pruned, or the ratios cannot be met.
     """
-    ratio, macs_ratio = _shares(ratio, macs_ratio)
-    settings = PruneSettings(ratio, macs_ratio, STEPS, _multiples(round_to), nearest=True)
+    _check_drop(ratio, macs_ratio, accept_drop)
+    auto = ratio == "auto"
+    shares = (FURTHEST, macs_ratio and FURTHEST) if auto else _shares(ratio, macs_ratio)
+    settings = PruneSettings(*shares, STEPS, _multiples(round_to), nearest=True, keep_layers=_patterns(keep_layers))
     importance = _importance(criterion)
     with _Workplace(network) as place:
+        find_layers(place.network, settings.keep_layers)
         used = _prune_images(place.network, place.prepared(images))
-        report, _ = prune_to_budget(place.network, importance, used, place.compute, settings)
-        return place.network.to(place.home), report
+        pruned = place.network
+        if auto:
+            _require_labels(place.network, used.calibration, "images")
+            limits = Limits(accept_drop)
+            pruned, report, _ = prune_to_limits(place.network, importance, used, place.compute, settings, limits)
+        else:
+            report, _ = prune_to_budget(pruned, importance, used, place.compute, settings)
+        return pruned.to(place.home), report
 
 
 def measure_sweep(
@@ -84,15 +99,7 @@ def measure_sweep(
     with _Workplace(network) as place:
         used = _prune_images(place.network, place.prepared(images))
         test = place.prepared(test, "test", least=1)
-        outputs = try_outputs(place.network, next(test.batches(2))[0], "test").shape[1:]
-        labels = test.labels.unique().tolist()
-        if len(labels) == 1:
-            raise UserError(
-                "test has images of one class only: give image_set the labels of a tensor, or class folders"
-            )
-        if len(outputs) > 1 or labels[-1] >= outputs[0]:
-            shape = "x".join(map(str, outputs))
-            raise UserError(f"test has the label {labels[-1]}, and the network gives {shape} scores per image")
+        _require_labels(place.network, test, "test")
         # Widths that meet the highest ratio may not meet the others: any width, so that small networks meet all.
         sweep = Sweep(place.network, [float(ratio) for ratio in ratios], used, test, place.compute, round_to=(1,))
         return {"original": measure_network(place.network, test, place.compute), "points": sweep.run()}
@@ -154,6 +161,27 @@ def _prune_images(network: nn.Module, images: ImageSet) -> PruneImages:
     return PruneImages(images, images.sample(min(REPAIR_IMAGES, most), seed=0))
 
 
+def _require_labels(network: nn.Module, images: ImageSet, name: str) -> None:
+    """UserError when the accuracy of a network cannot be measured on these images, called `name`."""
+    outputs = try_outputs(network, next(images.batches(2))[0], name).shape[1:]
+    labels = images.labels.unique().tolist()
+    if len(labels) == 1:
+        raise UserError(f"{name} has images of one class only: give image_set the labels of a tensor, or class folders")
+    if len(outputs) > 1 or labels[-1] >= outputs[0]:
+        shape = "x".join(map(str, outputs))
+        raise UserError(f"{name} has the label {labels[-1]}, and the network gives {shape} scores per image")
+
+
+def _check_drop(ratio: float | str | None, macs_ratio: float | str | None, accept_drop: float | None) -> None:
+    if ratio != "auto" and accept_drop is not None:
+        raise UserError("accept_drop is for ratio='auto'")
+    if ratio == "auto" and macs_ratio not in ("same", None):
+        raise UserError(f"macs_ratio is {macs_ratio!r}: with ratio='auto' give 'same' or None")
+    is_number = isinstance(accept_drop, Real) and not isinstance(accept_drop, bool)
+    if ratio == "auto" and not (is_number and 0 < accept_drop < 100):
+        raise UserError(f"accept_drop is {accept_drop!r}: with ratio='auto' give percentage points, for example 1.0")
+
+
 def _shares(ratio: float | None, macs_ratio: float | str | None) -> tuple[float | None, float | None]:
     if macs_ratio == "same":
         macs_ratio = ratio
@@ -174,6 +202,13 @@ def _multiples(round_to: Sequence[int]) -> tuple[int, ...]:
     if not multiples or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in multiples):
         raise UserError(f"round_to is {round_to!r}: give whole numbers of at least 1, for example round_to=(16, 8, 1)")
     return tuple(map(int, multiples))
+
+
+def _patterns(keep_layers: Sequence[str]) -> tuple[str, ...]:
+    patterns = keep_layers if isinstance(keep_layers, (list, tuple)) else (keep_layers,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"keep_layers is {keep_layers!r}: give names of layers, for example ['conv1', 'layer4.*']")
+    return tuple(patterns)
 
 
 def _importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:

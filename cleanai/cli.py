@@ -149,10 +149,31 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "train_samples": {"type": _whole(1), "help": "train on that many images, balanced over the classes"},
     "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
-    "ratio": {"type": _share("none"), "help": "share of the parameters to remove, between 0 and 1; none = no limit"},
+    "ratio": {
+        "type": _share("auto"),
+        "help": "share of the parameters to remove, between 0 and 1; none = no limit; auto = in steps of 5%% until "
+        "--accept-drop or --speedup ends it, so --steps does not count",
+    },
     "macs_ratio": {
         "type": _share("same"),
         "help": "share of the multiply-accumulates (FLOPs) to remove: a number, same as --ratio, or none = no limit",
+    },
+    "accept_drop": {
+        "type": _between(0, 100),
+        "help": "percentage points of accuracy that may be lost, named beforehand: the report says PASS, FAIL or NOT "
+        "SHOWN, by the 95%% interval on the held-out images; with --ratio auto, pruning ends at this drop on the "
+        "calibration images",
+    },
+    "speedup": {
+        "type": _between(1, 100),
+        "help": "prune until the network is so many times as fast on this device, by the median; implies --ratio auto",
+    },
+    "speedup_of": {"choices": ("single", "batch"), "help": "what --speedup is measured on: one image, or a batch"},
+    "keep_layers": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "layers that keep all output channels, by name, as the report shows them; * stands for any characters: "
+        'conv1 "layer4.*"',
     },
     "ratios": {
         "type": _between(0, 1),
@@ -234,6 +255,10 @@ _COMMON: dict[str, dict[str, Any]] = {
         "onnx-int8: also with weights and activations of 8 bits; pt2: write it as a program that PyTorch runs without "
         "this project; for a finished run, repeat its options",
     },
+    "strict": {
+        "action": "store_true",
+        "help": "end with status 3 unless the verdict on --accept-drop is PASS; everything is written before",
+    },
     "fresh": {"action": "store_true", "help": "start over: delete the results of this script for this dataset"},
 }
 # The common options that a script has because of one of its settings.
@@ -243,6 +268,7 @@ _COME_WITH = {
     "weight_decay": ("compile",),
     "weights": ("models_dir",),
     "ratio": ("export", "timing_seconds", "robustness_images"),
+    "accept_drop": ("strict",),
     "ratios": ("tolerance",),
 }
 # What the default None means; for the others "all".
@@ -251,6 +277,10 @@ _DEFAULT_WORDS = {
     **dict.fromkeys(("mean", "std"), "of the training images"),
     "image_size": "as the files are",
     "robustness_images": "1000, fewer for large networks",
+    "accept_drop": "no verdict",
+    "speedup": "no goal",
+    "keep_layers": "none",
+    "speedup_of": "single",
 }
 
 
@@ -300,8 +330,11 @@ def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], set
 
 def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     """Refuse combinations of options that make no sense."""
+    if "accept_drop" in settings:
+        _check_limits(args, parser)
     if "ratio" in settings:
-        args.macs_ratio = args.ratio if args.macs_ratio == "same" else args.macs_ratio
+        if args.macs_ratio == "same" and args.ratio != "auto":
+            args.macs_ratio = args.ratio
         if args.ratio is None and args.macs_ratio is None:
             parser.error("argument --ratio: none leaves nothing to remove without a --macs-ratio")
         if args.export.startswith("onnx"):
@@ -319,3 +352,20 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
     processes = distributed.processes()
     if "batch_size" in settings and args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} cannot be shared evenly by {processes} processes")
+
+
+def _check_limits(args: Options, parser: argparse.ArgumentParser) -> None:
+    """Refuse combinations of the options that end the pruning."""
+    if args.strict and args.accept_drop is None:
+        parser.error("argument --strict: there is no verdict without --accept-drop")
+    if args.speedup is None and args.speedup_of:
+        parser.error("argument --speedup-of: it is for --speedup")
+    if args.speedup is not None:
+        given = any(each.split("=")[0] == "--ratio" for each in sys.argv[1:])
+        if given and args.ratio != "auto":
+            parser.error("argument --ratio: --speedup decides how much is removed, leave it out")
+        args.ratio, args.speedup_of = "auto", args.speedup_of or "single"
+    if args.ratio == "auto" and args.accept_drop is None and args.speedup is None:
+        parser.error("argument --ratio: auto needs --accept-drop or --speedup, which end the pruning")
+    if args.ratio == "auto" and args.macs_ratio not in ("same", None):
+        parser.error("argument --macs-ratio: with --ratio auto it is same or none")

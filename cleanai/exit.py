@@ -29,7 +29,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1.
 
     Ctrl-C and SIGTERM end it with one line, and status 130 and 143. A script of another folder than this package's is
-    not run.
+    not run. A `main` that raises SystemExit ends with its status, as --strict does.
     """
     _prepare_streams()
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers

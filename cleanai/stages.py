@@ -16,8 +16,11 @@ from cleanai.runtime.files import file_digest, remove_file, write_bytes
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
+NOT_PASSED = 3  # the exit status of --strict
+
 if TYPE_CHECKING:
     from torch import nn
+    from torch_pruning.importance import Importance
 
     from cleanai.cli import Options
     from cleanai.data.images import Images
@@ -66,7 +69,8 @@ def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) 
 def publish(scenario: Scenario, record: Record, args: Options) -> None:
     """Export a pruning script's network if asked, print its table, and write its report where it is missing.
 
-    The table is printed even where nothing can be exported or written.
+    The table is printed even where nothing can be exported or written. With --strict a verdict other than PASS ends the
+    program with status 3, after all of it.
     """
     not_exported = None
     try:
@@ -88,6 +92,8 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
         print(f"PyTorch program: {scenario.standalone}")
     if not_exported:
         raise not_exported
+    if args.strict and record["verdict"]["result"] != "PASS":
+        raise SystemExit(NOT_PASSED)
 
 
 def _export(scenario: Scenario, record: Record, args: Options) -> None:
@@ -139,10 +145,12 @@ class Run:
         from cleanai.measure.results import Split
         from cleanai.network.models import network_from
         from cleanai.network.trial import try_network
+        from cleanai.pruning.pruner import find_layers
 
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        find_layers(original, args.config.get("keep_layers") or ())
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split.of(self.images, args.config)
@@ -182,11 +190,35 @@ class Run:
 
     @property
     def prune_settings(self) -> PruneSettings:
-        """The settings of the pruning."""
+        """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
         from cleanai.pruning.pruner import PruneSettings
+        from cleanai.search import FURTHEST
 
         args = self.args
-        return PruneSettings(args.ratio, args.macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        ratio, macs_ratio = (
+            FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
+        )
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        return replace(settings, keep_layers=args.keep_layers or ())
+
+    def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:
+        """Prune a copy of the network by the shares of the options, or up to their limits, and save it.
+
+        Returns it with the report on the pruning.
+        """
+        from cleanai.network.trial import copied
+        from cleanai.pruning.pruner import prune_to_budget
+        from cleanai.search import Limits, prune_to_limits
+
+        args, work = self.args, (importance, self.prune_images, self.compute, self.prune_settings)
+        if args.ratio == "auto":
+            limits = Limits(args.accept_drop, args.speedup, args.speedup_of)
+            pruned, pruning, unrepaired = prune_to_limits(original, *work, limits)
+        else:
+            pruned = copied(original)
+            pruning, unrepaired = prune_to_budget(pruned, *work)
+        self._save_pruned(pruned, unrepaired, pruning)
+        return pruned, pruning
 
     def find_pruned(self) -> tuple[nn.Module | None, Record]:
         """The pruned network of an interrupted run with its report, or None and an empty report."""
@@ -201,7 +233,7 @@ class Run:
         self.evaluations["pruned"] = Evaluation.stored_in(checkpoint)
         return self.compute.place(network_from(checkpoint, path)), dict(checkpoint["pruning"])
 
-    def save_pruned(self, network: nn.Module, unrepaired: nn.Module, pruning: Record) -> None:
+    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, pruning: Record) -> None:
         """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`."""
         from cleanai.network.models import save_network
 
@@ -237,11 +269,12 @@ class Run:
 
         print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
-        scenario = self.scenario
+        scenario, accept_drop = self.scenario, self.args.accept_drop
         return {
             **self.description(),
             **measured,
             **self._robustness(networks, measured["models"]["original"]),
+            **({} if accept_drop is None else {"verdict": self._verdict(accept_drop)}),
             "pruning": pruning,
             "history": history,
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
@@ -264,6 +297,14 @@ class Run:
         seconds = len(CASES) * len(networks) * len(chosen) / original["throughput_images_per_s"]
         say(f"Measuring accuracy on {len(chosen):,} disturbed images: about {seconds:.0f} s")
         return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
+
+    def _verdict(self, accept_drop: float) -> Record:
+        from cleanai.measure.significance import judge_drop
+
+        before, after = (
+            self.evaluations[name].correct[self.split.heldout].numpy() for name in ("original", "fine_tuned")
+        )
+        return judge_drop(before, after, accept_drop)
 
     def description(self) -> Record:
         """The entries of a record that are not measured."""

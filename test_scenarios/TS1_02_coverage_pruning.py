@@ -21,13 +21,17 @@ MODEL = "ResNet18"
 METHOD = "Coverage"
 SETTINGS = {  # each is also an option: --macs-ratio, --round-to, ...
     "dataset": "CIFAR10",
-    "ratio": 0.2,  # share of the parameters to remove
+    "ratio": 0.2,  # share of the parameters to remove, or auto
     "macs_ratio": "same",  # share of the FLOPs to remove: the same, a number, or None
+    "accept_drop": None,  # points of accuracy that may be lost: for a verdict, and the end of auto
+    "speedup": None,  # auto ends, too, when the network is so many times as fast
+    "speedup_of": None,  # a single image
+    "keep_layers": None,  # names and patterns, as ["conv1", "layer4.*"]: these layers keep all channels
     "coverage_metric": "normalized_mean",
     "steps": 5,
     "round_to": [32, 16, 8, 4, 2, 1],  # layer widths stay multiples of the first of these that can meet the budget
     "calibration_batches": 50,
-    "calibrate_on": "test",  # their accuracy selects nothing; or "train", which holds out all test images
+    "calibrate_on": "test",  # their accuracy only ends auto; or "train", which holds out all test images
     "repair": "full",  # least squares, after each step and at the end; batch norm is recalibrated
     "repair_batches": 24,  # of training images; labels are not used
     "epochs": 30,
@@ -58,7 +62,6 @@ def prune(scenario, args):
 
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.pruning.criteria import NeuronCoverageImportance
-    from cleanai.pruning.pruner import prune_to_budget
     from cleanai.runtime.distributed import end_all_but_first
 
     # Load: the device, the images, and the network of script 1.
@@ -69,10 +72,7 @@ def prune(scenario, args):
     # Prune, unless an interrupted run has left the pruned network.
     pruned, pruning = run.find_pruned()
     if pruned is None:
-        pruned = copy.deepcopy(original)
-        criterion = NeuronCoverageImportance(args.coverage_metric)
-        pruning, unrepaired = prune_to_budget(pruned, criterion, run.prune_images, run.compute, run.prune_settings)
-        run.save_pruned(pruned, unrepaired, pruning)
+        pruned, pruning = run.prune(original, NeuronCoverageImportance(args.coverage_metric))
 
     # Fine-tune, from the last epoch that an interrupted run has saved.
     tuned = copy.deepcopy(pruned)

@@ -255,7 +255,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "scenario": f"TS1_{method}_ResNet18_CIFAR10",
         "method": method,
         "config": {
-            "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2,
+            "dataset": "CIFAR10", "ratio": 0.2, "macs_ratio": 0.2, "accept_drop": None,
+            "speedup": None, "speedup_of": None, "keep_layers": None,
             **({"coverage_metric": "normalized_mean"} if method == "Coverage" else {}),
             "steps": 5, "round_to": [32, 16, 8, 4, 2, 1], "calibration_batches": 60, "calibrate_on": "test",
             "repair": "full", "repair_batches": 8,
@@ -318,6 +319,10 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
                  "parameters_removed_percent": 4.01 * step, "macs_removed_percent": 4.1 * step, "seconds": 9.0}
                 for step in range(1, 6)
             ],
+            "sensitivity": [
+                {"layers": ["layer1.0.conv1"], "readers": ["fc"], "channels": 64,
+                 "lost_percent": [float(2**tenth) / 6 for tenth in range(1, 10)]},
+            ],
             "layers": [{"name": name, "channels_before": a, "channels_after": b} for name, a, b in widths],
             "accuracy_raw_percent": 74.12, "accuracy_recalibrated_percent": 88.31,
             "accuracy_reconstructed_percent": pruned["accuracy_percent"],
@@ -333,6 +338,20 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         ],
         "warnings": [],
     }  # fmt: skip
+
+
+def auto_record(ended_by: str = "accuracy") -> dict[str, Any]:
+    """A record of script 3 with --ratio auto, --accept-drop 1 and --speedup 1.5, made by hand."""
+    record = run_record("Wanda")
+    record["config"].update(ratio="auto", macs_ratio="same", accept_drop=1.0, speedup=1.5, speedup_of="single")
+    path = [
+        {"accuracy_calibration_percent": accuracy, "taken": accuracy > 96, "parameters_removed_percent": 5.0 * step,
+         "macs_removed_percent": 5.1 * step,
+         **({"speedup": 1 + step / 20, "latency_median_ms": 2.0 - step / 20, "latency_images": 1} if step else {})}
+        for step, accuracy in enumerate((97.2, 97.0, 96.8, 96.9, 96.5, 96.4, 95.9))
+    ]  # fmt: skip
+    record["pruning"].update(path=path, ended_by=ended_by)
+    return record
 
 
 def _model(costs, correct, correct_heldout, latency_ms, images_per_s):

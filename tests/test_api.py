@@ -92,7 +92,8 @@ def test_a_criterion_is_a_name_of_any_case_or_an_instance(network, images, monke
     monkeypatch.setitem(CRITERIA, "Mine", ByIndex)
     for criterion in ("mINE", ByIndex()):
         kept = prune(network, images, 0.3, criterion, None, round_to=[1])[0].features[0].weight
-        assert torch.equal(kept, network.features[0].weight[: len(kept)])
+        assert len(kept) < 12 and torch.equal(kept, network.features[0].weight[: len(kept)])
+    assert prune(network, images, 0.3, ByIndex(), None, [1], keep_layers="features.0")[0].features[0].out_channels == 12
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,19 @@ def test_a_criterion_is_a_name_of_any_case_or_an_instance(network, images, monke
         ({"macs_ratio": 1.0}, r"macs_ratio is 1\.0: "),
         ({"macs_ratio": "most"}, "macs_ratio is 'most': "),
         ({"ratio": None}, "both None"),
+        ({"ratio": "auto"}, "accept_drop is None: with ratio='auto' give percentage points"),
+        ({"ratio": "auto", "accept_drop": 0}, "accept_drop is 0: "),
+        ({"accept_drop": 1.0}, "accept_drop is for ratio='auto'"),
+        ({"ratio": "auto", "accept_drop": 1.0, "macs_ratio": 0.2}, "macs_ratio is 0.2: with ratio='auto' give 'same'"),
+        (
+            {"ratio": "auto", "accept_drop": 1.0, "images": image_set(torch.zeros(20, 3, 16, 16, dtype=torch.uint8))},
+            "images has images of one class only",
+        ),
+        (
+            {"keep_layers": ["features.9"]},
+            r"No layer matches 'features\.9'.*the layers are features.0, features.4, mid",
+        ),
+        ({"keep_layers": 3}, "keep_layers is 3: "),
         ({"round_to": ()}, r"round_to is \(\): "),
         ({"round_to": [8, 0]}, r"round_to is \[8, 0\]: "),
         ({"round_to": "8"}, "round_to is '8': "),

@@ -9,16 +9,25 @@ import pytest
 import torch
 
 from cleanai import cli, exit
-from cleanai.runtime.scenario import SCRIPTS_DIR
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, SCRIPTS_DIR, Scenario
 from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 
 COMMON = {"--data-dir", "--checkpoints-dir", "--fresh", "--device", "--deterministic", "--compile"}
 OTHER_OPTIONS = {
     SCRIPTS[0]: COMMON | {"--models-dir"},
-    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds", "--robustness-images"},
-    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds", "--robustness-images"},
+    SCRIPTS[1]: COMMON | {"--export", "--timing-seconds", "--robustness-images", "--strict"},
+    SCRIPTS[2]: COMMON | {"--export", "--timing-seconds", "--robustness-images", "--strict"},
     COMPARE: {"--checkpoints-dir"},
     SWEEP: COMMON | {"--tolerance"},
+}
+DEFAULTS = {  # what None means, where it is not "all"
+    "image_size": "as the files are",
+    "mean": "of the training images",
+    "std": "of the training images",
+    "accept_drop": "no verdict",
+    "keep_layers": "none",
+    "speedup": "no goal",
+    "speedup_of": "single",
 }
 
 
@@ -33,8 +42,7 @@ def test_help_explains_every_option_with_its_default(script):
     for name, default in settings.items():
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         if default is None:
-            shown = {"image_size": "as the files are", "mean": "of the training images"}.get(name, "all")
-            shown = "of the training images" if name == "std" else shown
+            shown = DEFAULTS.get(name, "all")
         assert described["--" + name.replace("_", "-")].endswith(f"(default: {shown})")
     for option, text in described.items():
         assert len(text.split()) >= 4, f"{option} is not explained"
@@ -73,6 +81,13 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
+        (1, ["--accept-drop", "0"], "--accept-drop: 0 is not a number between 0 and 100"),
+        (2, ["--ratio", "auto"], "--ratio: auto needs --accept-drop or --speedup"),
+        (1, ["--speedup", "1.5", "--ratio", "0.2"], "--ratio: --speedup decides how much is removed"),
+        (1, ["--speedup", "1"], "--speedup: 1 is not a number between 1 and 100"),
+        (1, ["--speedup-of", "batch"], "--speedup-of: it is for --speedup"),
+        (2, ["--ratio", "auto", "--accept-drop", "1", "--macs-ratio", "0.3"], "--macs-ratio: with --ratio auto"),
+        (2, ["--strict"], "--strict: there is no verdict without --accept-drop"),
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
@@ -197,6 +212,28 @@ def test_the_macs_follow_the_parameters_unless_given(monkeypatch, options, expec
     args = cli.parse("A scenario.", {"ratio": 0.2, "macs_ratio": "same"})
     assert (args.ratio, args.macs_ratio) == expected
     assert args.config == {"ratio": expected[0], "macs_ratio": expected[1]}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--ratio", "auto", "--accept-drop", "1"], ("auto", "same", 1.0, None, None)),
+        (["--speedup", "1.5"], ("auto", "same", None, 1.5, "single")),
+        (
+            ["--speedup=2", "--speedup-of=batch", "--ratio=auto", "--macs-ratio=none"],
+            ("auto", None, None, 2.0, "batch"),
+        ),
+        ([], (0.2, 0.2, None, None, None)),
+    ],
+)
+def test_the_limits_of_the_pruning_are_settings_and_repeat_the_run(monkeypatch, options, expected):
+    settings = {"ratio": 0.2, "macs_ratio": "same", "accept_drop": None, "speedup": None, "speedup_of": None}
+    monkeypatch.setattr(sys, "argv", ["script", *options])
+    config = cli.parse("A scenario.", settings).config
+    assert tuple(config.values()) == expected
+    command = Scenario("TS1", "ResNet18", "CIFAR10", CHECKPOINTS_DIR, "Wanda").command(config)
+    monkeypatch.setattr(sys, "argv", command.split()[1:])
+    assert cli.parse("A scenario.", settings).config == config
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def test_the_generated_pages_are_those_of_the_records_and_scripts(monkeypatch):
     assert _text(PROJECT / "docs" / "results.md") == make_docs.results_page()
     assert _text(PROJECT / "docs" / "options.md") == make_docs.options_page()
     assert _text(README) == make_docs.readme()
+    assert "%%" not in make_docs.options_page()
 
 
 def test_both_readmes_have_the_same_headings_commands_and_links():

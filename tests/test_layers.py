@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "pruning": ("network", "data", "runtime"),
     "report": ("measure.significance", "runtime"),
     **dict.fromkeys(
-        ("api", "cli", "exit", "stages", "sweep", "test_scenarios"),
-        ("cli", "exit", "stages", "sweep", "report", "measure", "pruning", "network", "data", "runtime"),
+        ("api", "cli", "exit", "search", "stages", "sweep", "test_scenarios"),
+        ("cli", "exit", "search", "stages", "sweep", "report", "measure", "pruning", "network", "data", "runtime"),
     ),
 }
 

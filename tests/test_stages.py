@@ -1,5 +1,6 @@
 """What the scripts share: publishing the results of a finished run."""
 
+import contextlib
 from argparse import Namespace
 
 import pytest
@@ -10,9 +11,11 @@ from cleanai import UserError, image_set, stages
 from cleanai.data.images import Images
 from cleanai.measure import deployment
 from cleanai.measure.latency import Times
+from cleanai.measure.provenance import checkpoint_facts
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
-from tests.helpers import EXPORT, run_record
+from tests.helpers import EXPORT, SMALL_MODEL, run_record
+from tests.small_network import SmallNetwork
 
 
 @pytest.fixture
@@ -24,8 +27,24 @@ def scenario(tmp_path):
     return scenario
 
 
-def _options(scenario, export="onnx"):
-    return Namespace(export=export, data_dir=scenario.checkpoints_dir, timing_seconds=7.0)
+def _options(scenario, export="onnx", strict=False):
+    return Namespace(export=export, data_dir=scenario.checkpoints_dir, timing_seconds=7.0, strict=strict)
+
+
+@pytest.mark.parametrize(("result", "strict", "status"), [
+    ("PASS", True, None), ("FAIL", True, 3), ("NOT SHOWN", True, 3), ("FAIL", False, None),
+])  # fmt: skip
+def test_a_strict_run_without_a_pass_ends_with_its_own_status_after_its_report(scenario, result, strict, status):
+    record = run_record("Wanda")
+    judged = {"accept_drop_points": 1.0, "difference_points": -0.3, "interval_points": [-0.8, 0.2]}
+    record["verdict"] = {"result": result, **judged}
+    options = _options(scenario, "none", strict)
+    for _ in range(2):  # the second time as a finished run
+        ending = pytest.raises(SystemExit) if status else contextlib.nullcontext()
+        with ending as caught:
+            stages.publish(scenario, record, options)
+        assert not status or caught.value.code == status
+        assert scenario.report.exists()
 
 
 def test_a_network_that_cannot_be_exported_leaves_the_finished_run_and_its_report(scenario, monkeypatch, capsys):
@@ -61,3 +80,16 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
     assert given == [7.0]
     assert read_record(scenario.record)["export"].keys() == EXPORT.keys()
     assert scenario.exported.exists()
+
+
+def test_a_pattern_that_no_layer_matches_is_refused_before_any_work(digits, compute, tmp_path, monkeypatch):
+    scenario = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda")
+    facts = checkpoint_facts(scenario, digits, compute, {})
+    prepared = {**facts, "state_dict": SmallNetwork(10).state_dict()}
+    args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16)
+    run = stages.Run(scenario, args, compute, digits, facts, prepared)
+    monkeypatch.setattr("cleanai.network.trial.try_network", lambda *_: pytest.fail("a network was run"))
+    with pytest.raises(
+        UserError, match=r"No layer matches 'conv9', .* the layers are stem.0, first.0, second.0, last.0"
+    ):
+        run.load_original()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import functools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
 import torch
@@ -22,6 +23,7 @@ THROUGHPUT_TURNS = 12
 THROUGHPUT_BATCH = 128
 LEAST_TURNS = 3
 MOST_WARM_UP_TURNS = 10
+SHORT_S = 3.0  # of a timing between two steps of pruning
 STABLE = 0.05  # warm-up ends when two turns differ by at most this share
 
 
@@ -48,20 +50,10 @@ def time_networks(
     On a GPU the time of one image is that of a CUDA graph: otherwise it is the time that Python takes to start kernels,
     which pruning does not change. `latency_by` says so, or that a network cannot be recorded as a graph.
     """
-    single = next(images.batches(1))[0].to(dtype)
-    networks = {name: network.eval() for name, network in networks.items()}
-
-    def calls(inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
-        return {name: lambda network=network: network(inputs) for name, network in networks.items()}
-
     with torch.inference_mode(), compute.repeated_shapes():
-        passes, latency_by = calls(single), {}
-        if compute.device.type == "cuda":
-            passes, latency_by["latency_by"] = _graphs(passes)
-        singles = time_in_turns(passes, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images")
-        size = _batch_size([statistics.median(times.seconds) for times in singles.values()], compute)
-        batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
-        batches = time_in_turns(calls(batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
+        singles, latency_by = _time_singles(networks, images, compute, dtype)
+        size = _batch_size(singles, compute)
+        batches = _time_batches(networks, images, size, compute, dtype)
         timed = {
             name: {
                 "latency_ms": distribution_ms(singles[name]),
@@ -74,6 +66,48 @@ def time_networks(
             for name in networks
         }
     return timed
+
+
+def compare_speed(
+    original: nn.Module, network: nn.Module, images: ImageSet, compute: Compute, speedup_of: str
+) -> dict[str, Any]:
+    """How many times as fast as the original a network is, by the medians of a short timing in turns.
+
+    On single images, or in batches where `speedup_of` is "batch". `latency_median_ms` is the network's time for
+    `latency_images` images.
+    """
+    networks, size = {"original": original, "pruned": network}, 1
+    short = replace(compute, timing_s=min(compute.timing_s, SHORT_S))
+    with torch.inference_mode(), compute.repeated_shapes():
+        times, _ = _time_singles(networks, images, short)
+        if speedup_of == "batch":
+            size = _batch_size(times, compute)
+            times = _time_batches(networks, images, size, short)
+    before, after = (statistics.median(times[name].seconds) for name in networks)
+    return {"speedup": before / after, "latency_median_ms": 1000 * after, "latency_images": size}
+
+
+def _time_singles(
+    networks: dict[str, nn.Module], images: ImageSet, compute: Compute, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Times of one image per network, and on a GPU `latency_by`."""
+    passes, latency_by = _passes(networks, next(images.batches(1))[0].to(dtype)), {}
+    if compute.device.type == "cuda":
+        passes, latency_by["latency_by"] = _graphs(passes)
+    return time_in_turns(passes, LATENCY_TURNS, LATENCY_CALLS, compute, "Timing single images"), latency_by
+
+
+def _time_batches(
+    networks: dict[str, nn.Module], images: ImageSet, size: int, compute: Compute, dtype: torch.dtype = torch.float32
+) -> dict[str, Times]:
+    """Times of a batch of `size` images per network."""
+    batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
+    return time_in_turns(_passes(networks, batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
+
+
+def _passes(networks: dict[str, nn.Module], inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The forward pass of these inputs, in evaluation mode, per network."""
+    return {name: functools.partial(network.eval(), inputs) for name, network in networks.items()}
 
 
 def time_in_turns(
@@ -120,10 +154,10 @@ def time_in_turns(
     }
 
 
-def _batch_size(single_s: list[float], compute: Compute) -> int:
+def _batch_size(singles: dict[str, Times], compute: Compute) -> int:
     """THROUGHPUT_BATCH, or less where the turns of networks that take so long for one image would take too long."""
-    size = THROUGHPUT_BATCH
-    while size > 1 and size * sum(single_s) > compute.timing_s:
+    size, single_s = THROUGHPUT_BATCH, sum(statistics.median(times.seconds) for times in singles.values())
+    while size > 1 and size * single_s > compute.timing_s:
         size //= 2
     return size
 

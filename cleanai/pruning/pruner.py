@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 import torch_pruning as tp
@@ -30,7 +31,24 @@ from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
 STEP_IMAGES = 1024  # of those for the repair, in each step
+SENSITIVITY = tuple(tenth / 10 for tenth in range(1, 10))  # shares of a group's channels
 NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
+
+
+def find_layers(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """The convolutions and linear layers whose names match a pattern, as names of files do.
+
+    UserError for a pattern that matches none.
+    """
+    names = list(layer_widths(network))
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not matching:
+            some = ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])
+            raise UserError(f"No layer matches {pattern!r}, which is to be kept; the layers are {some}")
+        found |= matching
+    return found
 
 
 class BudgetMissed(UserError):
@@ -57,6 +75,8 @@ class PruneSettings:
     stay multiples of the first number in `round_to` that can meet the budget: tensor cores and AVX-512 are slow on odd
     widths. `repair` is "full", "bn" (batch norm only, in batches of `batch_size`) or "none". With `nearest`, shares
     that cannot be met exactly become the nearest that can, unless one of these differs by more than `NEAR` says.
+    `keep_layers` are patterns of names (`find_layers`): these layers, and those that share channels with them, lose no
+    output channel.
     """
 
     ratio: float | None
@@ -66,6 +86,7 @@ class PruneSettings:
     repair: str = "full"
     batch_size: int = 128
     nearest: bool = False
+    keep_layers: Sequence[str] = ()
 
     @property
     def fractions(self) -> Sequence[float]:
@@ -89,7 +110,7 @@ def prune_to_budget(
     images: PruneImages,
     compute: Compute,
     settings: PruneSettings,
-    after_step: Callable[[int, nn.Module, nn.Module], None] | None = None,
+    after_step: Callable[[int, nn.Module, nn.Module], Any] | None = None,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Remove shares of a network's parameters and multiply-accumulates, in place.
 
@@ -98,11 +119,12 @@ def prune_to_budget(
     outputs lose least (see `_losses`): first for the whole way, then for the part of this step. Then the repair runs,
     and the channels are cut. The network's outputs keep their width.
 
-    Returns a report (`steps`: shares requested and removed after each step, in percent, and its seconds; `layers`:
-    widths before and after), and a copy of the network without the same channels, not repaired. `after_step` is called
-    with the number of each step, the network as if this step were the last, and that copy, and must not change them.
-    Both keep the mode, precision, device and frozen parameters of the network; weights that two layers share are not
-    pruned. In DataParallel the network inside is pruned.
+    Returns a report, and a copy of the network without the same channels, not repaired. The report has `steps` (shares
+    requested and removed after each step, in percent, and its seconds), `layers` (widths before and after), and
+    `sensitivity` (of each group before the first step, see `_Pruning.sensitivity_of`). `after_step` is called with the
+    number of each step, the network as if this step were the last, and that copy, and must not change them; a true
+    answer ends the pruning. Both keep the mode, precision, device and frozen parameters of the network; weights that
+    two layers share are not pruned. In DataParallel the network inside is pruned.
 
     Raises UserError, before anything is changed, when the shares cannot be met or the network cannot be pruned.
     """
@@ -123,21 +145,18 @@ def prune_to_budget(
             removed_shares = pruning.step(title, fraction)
         seconds = time.perf_counter() - started
         steps.append({**_report(title, pruning.requested(fraction), removed_shares, seconds), "seconds": seconds})
+        finished = network
         if after_step is not None and step < len(settings.fractions):
             with torch.inference_mode(False):
-                so_far = copied(network)
-            pruning.finish(so_far)
-            after_step(step, so_far, pruning.unrepaired)
+                finished = copied(network)
+        if after_step is not None or step == len(settings.fractions):
+            pruning.finish(finished)
+        if after_step is not None and after_step(step, finished, pruning.unrepaired):
+            network.load_state_dict(finished.state_dict())
+            break
         started = time.perf_counter()
-    pruning.finish(network)
-    if after_step is not None:
-        after_step(step, network, pruning.unrepaired)
-    widths = layer_widths(network)
-    layers = [
-        {"name": name, "channels_before": width, "channels_after": widths[name]}
-        for name, width in widths_before.items()
-    ]
-    return {"steps": steps, "layers": layers}, pruning.unrepaired
+    layers = compare_widths(widths_before, network)
+    return {"steps": steps, "layers": layers, "sensitivity": pruning.sensitivity}, pruning.unrepaired
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:
@@ -147,6 +166,12 @@ def layer_widths(network: nn.Module) -> dict[str, int]:
         for name, layer in network.named_modules()
         if isinstance(layer, CONSUMERS)
     }
+
+
+def compare_widths(before: dict[str, int], network: nn.Module) -> list[dict[str, Any]]:
+    """The `layer_widths` before, and those of a network now: per layer its `name` and both."""
+    widths = layer_widths(network)
+    return [{"name": name, "channels_before": width, "channels_after": widths[name]} for name, width in before.items()]
 
 
 class _Pruning:
@@ -175,6 +200,11 @@ class _Pruning:
         costs = Costs(network, groups, self.example)
         self.before = costs.now
         self.least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
+        kept = find_layers(network, settings.keep_layers)
+        names = {layer: name for name, layer in network.named_modules()}
+        for group in groups:
+            if any(names[layer] in kept for layer in group.producers):
+                self.least[group.name] = group.channels
         self.goal = Budget.removing(self.before, *self.shares)
         self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
         if self.goal.missed(costs(planned), self.before) > 0:
@@ -186,6 +216,7 @@ class _Pruning:
         self.kept = {name: torch.arange(width) for name, width in layer_widths(network).items()}  # original outputs
         # The rows of the last repair, which a step starts from.
         self.rows: tuple[dict[nn.Module, torch.Tensor], dict[nn.Module, torch.Tensor]] = {}, {}
+        self.sensitivity: list[dict[str, Any]] = []  # of the groups, before the first step
 
     def requested(self, fraction: float) -> list[float | None]:
         """The shares of both costs to remove after this fraction of the way."""
@@ -208,6 +239,7 @@ class _Pruning:
         ]
         grams = {layer: gram_matrix(rows) for layer, rows in targets.inputs.items()}
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
+        self.sensitivity = self.sensitivity or self.sensitivity_of(groups, losses)
         removed = self._choose(groups, costs, losses, fraction)
         units = {
             group.name: order[: int(count) * group.units // group.channels].tolist()
@@ -231,6 +263,30 @@ class _Pruning:
                 refit(network, self.original, self.kept, self.images.repair, self.compute, title)
             distributed.agree_on(network)
             self.compute.synchronize()
+
+    def sensitivity_of(self, groups: list[Group], losses: list[torch.Tensor]) -> list[dict[str, Any]]:
+        """Per group the `layers` that produce its channels, the `readers`, the `channels`, and `lost_percent`.
+
+        That is the share of the readers' outputs that is lost, at each share of the channels in `SENSITIVITY`.
+        """
+        names = {layer: name for name, layer in self.network.named_modules()}
+        order = {name: number for number, name in enumerate(names.values())}
+
+        def named(layers: Iterable[nn.Module]) -> list[str]:
+            return sorted((names[layer] for layer in layers if isinstance(layer, CONSUMERS)), key=order.__getitem__)
+
+        entries = []
+        for group, loss in zip(groups, losses):
+            lost = [1 - math.exp(-loss[round(share * group.units)].item()) for share in SENSITIVITY]
+            entries.append(
+                {
+                    "layers": named(group.producers),
+                    "readers": named(group.consumers),
+                    "channels": group.channels,
+                    "lost_percent": [round(100 * share, 3) for share in lost],
+                }
+            )
+        return sorted(entries, key=lambda entry: order[entry["layers"][0]])
 
     def _record(self, groups: list[Group], title: str) -> Targets:
         """Score statistics for the importance, and the rows before this step."""

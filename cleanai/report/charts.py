@@ -127,6 +127,27 @@ def layers_chart(layers: list[str], panels: dict[str, dict[str, list[float]]]) -
     return drawing
 
 
+def small_charts(charts: list[tuple[str, Points, float]], abreast: int = 4) -> list[Drawing]:
+    """Rows of small charts whose axes are percent from 0 to 100: title, points, and where a dashed line stands."""
+    rows = []
+    for start in range(0, len(charts), abreast):
+        row = Drawing(WIDTH, 34 * mm)
+        for column, (title, points, mark) in enumerate(charts[start : start + abreast]):
+            left = column * WIDTH / abreast
+            plot = LinePlot()
+            plot.x, plot.y, plot.width, plot.height = left + 7 * mm, 6 * mm, WIDTH / abreast - 11 * mm, 21 * mm
+            _plot(plot, [points, [(mark, 0), (mark, 100)]], ((DARK, None, None), (LIGHT, (3, 2), None)))
+            for axis in (plot.xValueAxis, plot.yValueAxis):
+                axis.valueMin, axis.valueMax, axis.valueStep, axis.labelTextFormat = 0, 100, 50, "%d"
+            _style_axes(plot.xValueAxis, plot.yValueAxis)
+            plot.xValueAxis.labels.fontSize = plot.yValueAxis.labels.fontSize = 5.5
+            size = min(6.5, (WIDTH / abreast - 3 * mm) / stringWidth(title, FONT, 1))
+            row.add(plot)
+            row.add(String(left, 30 * mm, title, fontName=FONT, fontSize=size))
+        rows.append(row)
+    return rows
+
+
 def differences_chart(rows: list[tuple[str, float, list[float]]]) -> Drawing:
     """Differences of accuracy with their intervals, one below the other: label, points, interval in points."""
     left, line = 66 * mm, 7 * mm

@@ -63,7 +63,8 @@ def _origin(record: Record, runs: dict[str, Record]) -> list[str]:
     lines = [*origin_lines({"dataset": any_run(record)["dataset"]}), original_line(record)]
     for title, run in runs.items():
         config, machine = run["config"], run["environment"]
-        settings = f"{counted(config['steps'], 'step')}, {counted(config['epochs'], 'epoch')}, seed {config['seed']}"
+        steps = counted(len(run["pruning"]["steps"]), "step")
+        settings = f"{steps}, {counted(config['epochs'], 'epoch')}, seed {config['seed']}"
         lines.append(
             f"{title}: {settings}, {run['dataset']['train_images']:,} training images; {machine['device']}, "
             f"{machine['precision']}, PyTorch {machine['torch']}; record {run['scenario']}.json"

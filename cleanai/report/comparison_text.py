@@ -88,8 +88,8 @@ def explanation(record: Record) -> str:
         sentences.insert(0, "Several values of the original network: each run timed it beside its own networks.")
     if record["differences"]:
         sentences.append(
-            "The 95% interval is from a bootstrap over the images. Discordant: images that only the first / only the "
-            f"second network classifies correctly. p: exact McNemar test on these; significant below {LEVEL:g}, each "
+            "The 95% interval is Tango's score interval. Discordant: images that only the first / only the second "
+            f"network classifies correctly. p: exact McNemar test on these; significant below {LEVEL:g}, each "
             "difference by itself. This covers variation between test images, not between training seeds."
         )
     return " ".join(sentences)

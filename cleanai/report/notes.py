@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
-from cleanai.report.wording import FULL_BATCH, Record
+from cleanai.report.wording import FULL_BATCH, Record, counted_points, speedup_of
 
 BUSY_PERCENT = 15  # a larger spread between the turns of a timing
 _FEW_CALLS = 30
@@ -11,7 +11,32 @@ _FEW_CALLS = 30
 
 def notes(record: Record) -> list[str]:
     """The notes on a pruning script's record; an older record may lack what some of them are about."""
-    return [*_worse_after_fine_tuning(record), *_busy(record), *_bounded(record)]
+    return [*_not_reached(record), *_worse_after_fine_tuning(record), *_busy(record), *_bounded(record)]
+
+
+def path_end(record: Record) -> str:
+    """Why a pruning that went on up to a limit ended where it did."""
+    config, ended_by = record["config"], record["pruning"]["ended_by"]
+    if ended_by == "speedup":
+        return f"The pruning ended when it reached a speed-up of {config['speedup']:g} {speedup_of(config)}."
+    if ended_by == "accuracy":
+        return (
+            "The pruning ended because the next step lost more than "
+            f"{counted_points(config['accept_drop'])} of accuracy on the calibration images."
+        )
+    return "The pruning ended because the network cannot be pruned much further."
+
+
+def _not_reached(record: Record) -> list[str]:
+    """That the accuracy ended a pruning that was to reach a speed-up."""
+    config, pruning = record["config"], record["pruning"]
+    if config.get("speedup") is None or pruning["ended_by"] == "speedup":
+        return []
+    reached = pruning["path"][len(pruning["steps"])]["speedup"]
+    return [
+        f"A speed-up of {config['speedup']:g} {speedup_of(config)} was not reached: {reached:.2f} is that of the last "
+        f"step that lost no more than {counted_points(config['accept_drop'])} on the calibration images."
+    ]
 
 
 def _worse_after_fine_tuning(record: Record) -> list[str]:

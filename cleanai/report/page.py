@@ -21,6 +21,7 @@ _HEIGHT = A4[1] - 2 * MARGIN - 2 * PADDING - 1  # of a page's text
 
 _TEXT = ParagraphStyle("text", fontName=FONT, fontSize=8.5, leading=12, spaceBefore=4)
 _LEAD = ParagraphStyle("lead", parent=_TEXT, fontSize=10, leading=14, spaceAfter=3)
+_HEADLINE = ParagraphStyle("headline", parent=_LEAD, fontName=BOLD)
 _CELL = ParagraphStyle("cell", parent=_TEXT, fontSize=8, leading=10.5)
 _NUMBER = ParagraphStyle("number", parent=_CELL, alignment=TA_RIGHT)
 _TITLE = ParagraphStyle("title", parent=_TEXT, fontName=BOLD, fontSize=17, leading=21, textColor=DARK, spaceBefore=0)
@@ -65,6 +66,11 @@ def text(content: str) -> Paragraph:
 def lead(content: str) -> Paragraph:
     """A paragraph of the main result."""
     return Paragraph(_escaped(content), _LEAD)
+
+
+def headline(content: str) -> Paragraph:
+    """The one sentence that answers all."""
+    return Paragraph(_escaped(content), _HEADLINE)
 
 
 def small(content: str) -> Paragraph:

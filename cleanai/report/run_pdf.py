@@ -7,12 +7,12 @@ from typing import Any
 from reportlab.platypus import Spacer, Table
 
 from cleanai.measure.significance import compare_paired, verdict
-from cleanai.report.charts import WIDTH, epochs_chart, latency_chart, layers_chart
+from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart, small_charts
 from cleanai.report.comparison import heldout_flags
 from cleanai.report.coverage_pdf import coverage
 from cleanai.report.evidence_pdf import changes, deployed, robustness
-from cleanai.report.notes import notes
-from cleanai.report.page import build_pdf, lead, pairs, pictures, section, small, table, text, warning
+from cleanai.report.notes import notes, path_end
+from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
@@ -26,14 +26,17 @@ from cleanai.report.wording import (
     is_narrow,
     method_title,
     prepared_with,
+    pruning_goal,
     repair_stages,
-    requested_shares,
     speedup,
     timing_lines,
+    verdict_text,
     with_change,
 )
 
+_MOST_GROUPS = 40  # with a chart of their sensitivity
 _MOST_CLASSES = 20  # in the table of classes
+_STEPS = "after each step"
 _TERMS = (
     "Held-out are the test images that were not used for calibration. Significance covers variation between test "
     "images, not between training seeds."
@@ -45,10 +48,12 @@ def pdf_report(record: Record) -> bytes:
     story = [
         text(_what_was_done(record)),
         *(warning(content) for content in record["warnings"]),
-        *section("Summary", *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
+        *section("Summary", *_verdict(record), *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
+        *(section("How far the pruning went", *_path(record)) if "path" in record["pruning"] else []),
         *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
         *section("Layers before and after pruning", *_layers(record)),
+        *(section("Sensitivity of the layers", *_sensitivity(record)) if record["pruning"].get("sensitivity") else []),
         *section("Test coverage", *coverage(record)),
         *section("Accuracy per class", *_classes(record)),
         *changes(record),
@@ -67,11 +72,15 @@ def pdf_report(record: Record) -> bytes:
 def _what_was_done(record: Record) -> str:
     config, dataset = record["config"], record["dataset"]
     return (
-        f"{record['scenario']}: {requested_shares(config)} removed in "
-        f"{counted(config['steps'], 'step')}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
+        f"{record['scenario']}: {pruning_goal(record)}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
         f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
         f"Original network: {prepared_with(record)}."
     )
+
+
+def _verdict(record: Record) -> list[Any]:
+    judged = verdict_text(record)
+    return [headline(judged)] if judged else []
 
 
 def _answer(record: Record) -> list[str]:
@@ -125,6 +134,40 @@ def _epochs_note(record: Record) -> str:
     )
 
 
+def _path(record: Record) -> list[Any]:
+    """The steps of a pruning that went on up to a limit: accuracy over what was removed, and all numbers."""
+    path = record["pruning"]["path"]
+    original = path[0]["accuracy_calibration_percent"]
+    points = [(step["parameters_removed_percent"], step["accuracy_calibration_percent"]) for step in path]
+    last = points[len(record["pruning"]["steps"])]
+    panel = Panel("Parameters removed (%)", {_STEPS: points}, stars=[(_STEPS, True, *last)])
+    timed = "speedup" in path[-1]
+    head = ["Step", "Parameters removed (%)", "FLOPs removed (%)", "Accuracy (%)", "Change (points)"]
+    rows = [[*head, *(["Median time (ms)", "Speed-up"] if timed else []), "Taken"]]
+    for number, step in enumerate(path):
+        accuracy = step["accuracy_calibration_percent"]
+        times = [f"{step['latency_median_ms']:.2f}", f"{step['speedup']:.2f}x"] if "speedup" in step else ["", ""]
+        rows.append(
+            [
+                str(number) if number else "Original",
+                f"{step['parameters_removed_percent']:.1f}",
+                f"{step['macs_removed_percent']:.1f}",
+                f"{accuracy:.2f}",
+                f"{round(accuracy - original, 2) + 0.0:+.2f}" if number else "",
+                *(times if timed else []),
+                ("yes" if step["taken"] else "no") if number else "",
+            ]
+        )
+    how = f" Times are for {counted(path[-1]['latency_images'], 'image')}, briefly measured." if timed else ""
+    return [
+        text(f"{path_end(record)} Accuracy is on the calibration images, after the repair of each step.{how}"),
+        Spacer(1, 4),
+        curves_chart([panel], original, [("the pruned network", _STEPS, True)]),
+        Spacer(1, 6),
+        table(rows, [WIDTH * share for share in ((0.13, 0.17, *[0.7 / (len(rows[0]) - 2)] * (len(rows[0]) - 2)))]),
+    ]
+
+
 def _layers(record: Record) -> list[Any]:
     """The layers' widths and costs. Both parts of a record name the layers alike."""
     widths = record["pruning"]["layers"]
@@ -138,6 +181,30 @@ def _layers(record: Record) -> list[Any]:
         for key, what in (("parameters", "parameters"), ("macs", "FLOPs"))
     )
     return [layers_chart(names, panels), text(f"{most} Batch norm and pooling are not shown.")]
+
+
+def _sensitivity(record: Record) -> list[Any]:
+    """What each group of layers loses without some of its channels, and what was removed."""
+    widths = {layer["name"]: layer for layer in record["pruning"]["layers"]}
+    groups = record["pruning"]["sensitivity"]
+    limit = sorted((group["lost_percent"][4] for group in groups), reverse=True)[:_MOST_GROUPS][-1]
+    charts = []
+    for group in [group for group in groups if group["lost_percent"][4] >= limit][:_MOST_GROUPS]:
+        first, others = group["layers"][0], len(group["layers"]) - 1
+        removed = 100 * (1 - widths[first]["channels_after"] / widths[first]["channels_before"])
+        points = [(0.0, 0.0), *((10.0 * tenth, lost) for tenth, lost in enumerate(group["lost_percent"], 1))]
+        charts.append((f"{first}{f' and {others} more' if others else ''} ({group['channels']})", points, removed))
+    some = f" The {len(charts)} of {len(groups)} groups that lose most." if len(charts) < len(groups) else ""
+    return [
+        text(
+            "Across: removed channels of a layer, in percent; in brackets the number it had. Upwards: how much of the "
+            "outputs of the layers that read them is lost, in percent, when the channels with the lowest scores are "
+            "removed and the rest is reconstructed. Measured on the original network, before the first step. Layers "
+            f"that share channels are one chart. The dashed line is what was removed in all.{some}"
+        ),
+        Spacer(1, 4),
+        *small_charts(charts),
+    ]
 
 
 def _before_and_after(layers: list[Record], key: str, unit: float) -> dict[str, list[float]]:
@@ -200,6 +267,7 @@ def _latency(record: Record) -> list[Any]:
 
 def _configuration(record: Record) -> list[tuple[str, str]]:
     config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
+    config = {key: value for key, value in config.items() if value is not None or "ratio" in key}  # None: not asked for
     del config["fine_tuned_model"]  # the section on checkpoints has its SHA-256
     names = {
         "ratio": "Ratio of parameters",

@@ -15,6 +15,7 @@ from cleanai.report.wording import (
     speedup,
     table_text,
     timing_lines,
+    verdict_text,
     wrapped,
 )
 
@@ -110,6 +111,7 @@ def comparison_table(record: Record) -> str:
         (label, value, 12 if value[0].isdigit() and value.endswith("%") else 13)
         for label, value in summary_rows(record)
     ]
+    judged = verdict_text(record)
     return "\n".join(
         [
             f"{method_title(record['method']).upper()} PRUNING - COMPREHENSIVE COMPARISON TABLE",
@@ -124,6 +126,7 @@ def comparison_table(record: Record) -> str:
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
             *("\n" + wrapped(sentence) for sentence in [*changed_predictions(record), *robustness_summary(record)]),
             *_deployed(record),
+            *(["", wrapped(judged)] if judged else []),
             *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]

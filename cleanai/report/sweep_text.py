@@ -11,6 +11,7 @@ from cleanai.report.wording import (
     Record,
     calibrated_on_train,
     counted,
+    counted_points,
     listed,
     method_title,
     origin_lines,
@@ -70,7 +71,7 @@ def sweep_answer(record: Record) -> str:
                 f"{name} loses {counted(round(lost[count] * images / 100), 'image')} at {100 * ratios[count]:g}%"
             )
     how = f"With {counted(epochs, 'epoch')} of fine-tuning at each ratio" if epochs else "Without fine-tuning"
-    what = f"within {_points(tolerance)} of the original network's {original:.2f}% accuracy"
+    what = f"within {counted_points(tolerance)} of the original network's {original:.2f}% accuracy"
     few = ""
     if images < _FEW_IMAGES:
         few = f" Few images decide this: one of the {images:,} test images is {100 / images:.1f} points"
@@ -91,10 +92,6 @@ def sweep_answer(record: Record) -> str:
 
 def _tolerance(record: Record) -> float:
     return record.get("tolerance_points", TOLERANCE_POINTS)
-
-
-def _points(number: float) -> str:
-    return "1 point" if number == 1 else f"{number:g} points"
 
 
 def criteria_groups(record: Record) -> list[list[str]]:
@@ -160,7 +157,7 @@ def explanation(record: Record) -> str:
     sentences = [
         f"Accuracy is on {count:,} test images, calibration used {calibration:,} {others}. One point is "
         f"{count / 100:g} images. The answer names the highest ratio up to which every accuracy is within "
-        f"{_points(_tolerance(record))}.",
+        f"{counted_points(_tolerance(record))}.",
         "Each criterion removes the same share of the parameters and of the FLOPs, from ratio to ratio, with repair "
         "after each. There is one run per criterion: another seed changes the numbers, most of all for random choice.",
     ]

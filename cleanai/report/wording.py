@@ -119,6 +119,26 @@ def timing_lines(record: Record) -> list[str]:
     return [f"Inference time: one image, {how}. Throughput: batches of {batch}, without a graph."] if how else []
 
 
+def pruning_goal(record: Record) -> str:
+    """What was to be removed, and in how many steps."""
+    config, steps = record["config"], counted(len(record["pruning"]["steps"]), "step")
+    if config["ratio"] != "auto":
+        return f"{requested_shares(config)} removed in {steps}"
+    ends = []
+    if config["accept_drop"] is not None:
+        ends.append(
+            f"before the accuracy on the calibration images fell by more than {counted_points(config['accept_drop'])}"
+        )
+    if config["speedup"] is not None:
+        ends.append(f"at a speed-up of {config['speedup']:g} {speedup_of(config)}")
+    return f"pruned in {steps}, to end {' or '.join(ends)}"
+
+
+def speedup_of(config: Record) -> str:
+    """What the speed-up is of that was to be reached."""
+    return "in batches" if config["speedup_of"] == "batch" else "on single images"
+
+
 def requested_shares(config: Record) -> str:
     """The shares that were to be removed."""
     parameters, macs = config["ratio"], config["macs_ratio"]
@@ -154,6 +174,27 @@ def interval_text(interval_points: list[float]) -> str:
     """For example "-0.50 to +0.25"."""
     low, high = interval_points
     return f"{low:+.2f} to {high:+.2f}"
+
+
+def verdict_text(record: Record) -> str:
+    """Whether the accepted drop of accuracy was kept, with the reason; empty where no drop was named beforehand."""
+    if "verdict" not in record:
+        return ""
+    judged = record["verdict"]
+    points = counted_points(judged["accept_drop_points"])
+    shown = {
+        "PASS": f"the held-out images show that the final network loses less than {points} of accuracy",
+        "FAIL": f"the held-out images show that the final network loses more than {points} of accuracy",
+        "NOT SHOWN": f"the held-out images leave open whether the final network loses more or less than {points} of "
+        "accuracy",
+    }[judged["result"]]
+    interval = interval_text(judged["interval_points"])
+    return f"Verdict: {judged['result']}, {shown} (95% interval of the difference: {interval} points)."
+
+
+def counted_points(number: float) -> str:
+    """For example "1 point" or "0.5 points"."""
+    return "1 point" if number == 1 else f"{number:g} points"
 
 
 def is_narrow(interval_points: list[float]) -> bool:

@@ -24,6 +24,7 @@ DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
+_PLAIN = r"[\w.:/\\-]+"  # what no shell changes
 _NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions")
 
 
@@ -234,4 +235,9 @@ def _option(name: str, value: Any) -> str:
         return f"{option} none"
     if value is None:
         return ""
-    return f"{option} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    values = map(str, value if isinstance(value, list) else [value])
+    return f"{option} {' '.join(value if re.fullmatch(_PLAIN, value) else _quoted(value) for value in values)}"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'  # in cmd, too

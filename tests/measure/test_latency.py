@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cleanai.measure import latency
-from cleanai.measure.latency import time_in_turns, time_networks
+from cleanai.measure.latency import compare_speed, time_in_turns, time_networks
 
 
 class Clock:
@@ -129,3 +129,19 @@ def test_a_slow_network_gets_a_smaller_batch(clock, compute, digits, single_s, b
     assert timed["throughput_batch"] == batch
     assert timed["throughput_images_per_s"] == pytest.approx(1 / single_s)
     assert clock.now <= max(100, 8 * single_s)
+
+
+@pytest.mark.parametrize(("speedup_of", "images", "speedup"), [("single", 1, 3 / 2.5), ("batch", 128, 130 / 66)])
+def test_the_speed_up_is_that_of_single_images_or_of_batches(digits, compute, clock, speedup_of, images, speedup):
+    class Slow(nn.Module):
+        def __init__(self, per_image_ms):
+            super().__init__()
+            self.per_image_ms = per_image_ms
+
+        def forward(self, inputs):
+            clock.now += (2 + self.per_image_ms * len(inputs)) / 1000
+
+    compared = compare_speed(Slow(1.0), Slow(0.5), digits.test, compute, speedup_of)
+    expected = {"speedup": speedup, "latency_median_ms": 2 + images / 2, "latency_images": images}
+    assert compared == pytest.approx(expected)
+    assert clock.now < 15, "a few seconds between two steps"

@@ -1,12 +1,16 @@
-"""The paired comparison, against statsmodels and scipy."""
+"""The paired comparison, against statsmodels, and against values worked out by hand."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
+from scipy.optimize import minimize_scalar
 from statsmodels.stats.contingency_tables import mcnemar
 
-from cleanai.measure.significance import compare_paired, pack, unpack
+from cleanai.measure.significance import compare_paired, judge_drop, pack, unpack
+
+QUANTILE = 1.959963984540054
 
 
 def _pair(both, only_first, only_second, neither):
@@ -33,24 +37,63 @@ def test_a_p_value_calculated_by_hand():
     assert compare_paired(*_pair(30, 9, 1, 5))["p_value"] == pytest.approx(2 * (1 + 10) / 2**10)
 
 
-def test_the_interval_is_that_of_the_bootstrap_of_scipy():
-    first, second = _pair(800, 10, 25, 165)
-    low, high = compare_paired(first, second)["interval_points"]
-    points = 100.0 * (second.astype(int) - first.astype(int))
-    resampled = bootstrap((points,), np.mean, n_resamples=4000, batch=500, method="percentile", random_state=0)
-    expected = resampled.confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.15)  # both are random
-    assert low < 1.5 < high
-    assert compare_paired(first, second)["interval_points"] == [low, high], "the same numbers every time"
+def _score(difference, gained, lost, count):
+    """Tango's statistic: the share of lost images that is most likely at this difference is found by a search."""
+
+    def unlikely(share):
+        rest = max(1 - 2 * share - difference, 1e-300)
+        shares = ((gained, share + difference), (lost, share), (count - gained - lost, rest))
+        return -sum(images * math.log(each) for images, each in shares)
+
+    bounds = (max(0, -difference) + 1e-12, (1 - difference) / 2)
+    share = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-9}).x
+    return (gained - lost - count * difference) / math.sqrt(count * (2 * share + difference - difference**2))
 
 
-def test_networks_that_agree_on_every_image_have_no_difference():
-    compared = compare_paired(*_pair(30, 0, 0, 10))
-    assert (compared["difference_points"], compared["p_value"]) == (0, 1)
-    low, high = compared["interval_points"]
-    assert low == -high and 2 < high < 10, "40 images that agree do not show that all would"
-    few, many = (compare_paired(*_pair(count, 0, 0, 0))["interval_points"][1] for count in (8, 10_000))
-    assert few > 10 and many < 0.05
+@pytest.mark.parametrize(("gained", "lost", "count"), [(12, 2, 50), (3, 17, 200), (300, 310, 10_000), (5, 1, 6)])
+def test_the_interval_ends_where_the_score_test_begins_to_reject(gained, lost, count):
+    low, high = compare_paired(*_pair(count - gained - lost, lost, gained, 0))["interval_points"]
+    assert low < 100 * (gained - lost) / count < high
+    for bound, expected in ((low, QUANTILE), (high, -QUANTILE)):
+        assert _score(bound / 100, gained, lost, count) == pytest.approx(expected, abs=0.002)
+
+
+def test_the_interval_of_a_published_size():
+    # 12 images gained and 2 lost of 50.
+    assert compare_paired(*_pair(30, 2, 12, 6))["interval_points"] == pytest.approx([6.11, 34.47], abs=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 8, 40, 10_000])
+def test_intervals_of_networks_that_agree_or_differ_on_every_image(count):
+    # Without a discordant image the score is count x d / sqrt(count x d (1 - d)); with nothing but gained ones it is
+    # count x (1 - d) / sqrt(count (1 - d) (1 + d)). Both are solved by hand for d.
+    square = QUANTILE**2
+    agreeing = compare_paired(*_pair(count, 0, 0, 0))
+    bound = 100 * square / (count + square)
+    assert agreeing["interval_points"] == pytest.approx([-bound, bound], abs=1e-6)
+    assert (agreeing["difference_points"], agreeing["p_value"]) == (0, 1)
+    low = 100 * (count - square) / (count + square)
+    assert compare_paired(*_pair(0, 0, count, 0))["interval_points"] == pytest.approx([low, 100], abs=1e-6)
+    assert compare_paired(*_pair(0, count, 0, 0))["interval_points"] == pytest.approx([-100, -low], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "accept_drop", "expected"),
+    [
+        # 1,000 images that agree: the interval is 100 x 3.8415 / 1003.8415 = 0.3827 points to each side of zero.
+        ((1000, 0, 0, 0), 0.39, "PASS"),
+        ((1000, 0, 0, 0), 0.38, "NOT SHOWN"),
+        # 8 images that are all lost: the interval is -100 to -35.118 points.
+        ((0, 8, 0, 0), 35.1, "FAIL"),
+        ((0, 8, 0, 0), 35.2, "NOT SHOWN"),
+        # 8 images that are all gained: 35.118 to 100 points.
+        ((0, 0, 8, 0), 0.01, "PASS"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(counts, accept_drop, expected):
+    judged = judge_drop(*_pair(*counts), accept_drop)
+    assert judged["result"] == expected
+    assert judged["accept_drop_points"] == accept_drop
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 10_000])

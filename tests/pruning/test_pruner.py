@@ -12,11 +12,12 @@ from cleanai.measure.provenance import checkpoint_facts
 from cleanai.network.activations import record_statistics
 from cleanai.network.models import load_network, save_network
 from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, layer_widths, prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.rows import record_rows
 from cleanai.runtime.scenario import Scenario
-from tests.helpers import parameter_count, torch_macs
+from tests.helpers import parameter_count, random_images, torch_macs
+from tests.small_network import SmallNetwork
 
 
 def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="same", steps=2, **options):
@@ -265,3 +266,36 @@ def test_batch_norm_that_does_not_fit_the_images_does_no_harm(network, digits, c
     with torch.inference_mode():
         outputs, expected = network(inputs), recalibrated(inputs)
     assert (outputs - expected).square().mean() < 0.2 * expected.var()
+
+
+def test_layers_that_are_to_be_kept_keep_their_channels_with_those_that_share_them(digits, compute):
+    torch.manual_seed(0)
+    network = SmallNetwork(10)
+    before = layer_widths(network)
+    # stem.0 and second.0 are added, so they lose the same channels.
+    report, _ = _prune(network, digits, compute, WandaImportance(), 0.3, None, keep_layers=["sec*"], round_to=[1])
+    widths = layer_widths(network)
+    assert [name for name in widths if widths[name] < before[name]] == ["first.0", "last.0"]
+    assert report["steps"][-1]["parameters_removed_percent"] == pytest.approx(30, abs=0.5)
+    names = "the layers are stem.0, first.0, second.0, last.0, classifier"
+    with pytest.raises(UserError, match=rf"^No layer matches 'sec', which is to be kept; {names}$"):
+        _prune(SmallNetwork(10), digits, compute, keep_layers=["first.0", "sec"])
+
+
+def test_the_sensitivity_of_a_layer_is_what_its_reader_loses(compute):
+    # Channels 0 to 3 of ten are always zero, and 4 to 7 are the same: one of these is enough for the reader.
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 10, 1, bias=False), nn.ReLU(), nn.Conv2d(10, 6, 1), nn.Flatten(), nn.Linear(384, 3)
+    )
+    with torch.no_grad():
+        network[0].weight.abs_()[:4] = 0
+        network[0].weight[4:8] = network[0].weight[4]
+        network[2].weight[:, 8:] *= 3  # these two have the highest scores
+    images = random_images(32)
+    settings = PruneSettings(0.32, None, 1, [1], "none", nearest=True)
+    report, _ = prune_to_budget(network, WandaImportance(), PruneImages(images, images), compute, settings)
+    first = report["sensitivity"][0]
+    assert (first["layers"], first["readers"], first["channels"]) == (["0"], ["2"], 10)
+    assert first["lost_percent"][:7] == pytest.approx([0.0] * 7, abs=0.01)
+    assert 0.01 < first["lost_percent"][7] < first["lost_percent"][8]

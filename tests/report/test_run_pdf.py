@@ -10,15 +10,17 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
+from cleanai.report.notes import notes
 from cleanai.report.run_pdf import pdf_report
 from cleanai.runtime.scenario import PROJECT
-from tests.helpers import EXPORT, INT8, pdf_pages, pdf_text, run_record
+from tests.helpers import EXPORT, INT8, auto_record, pdf_pages, pdf_text, run_record
 
 SECTIONS = (
     "Summary",
     "Result",
     "Accuracy and loss per epoch of fine-tuning",
     "Layers before and after pruning",
+    "Sensitivity of the layers",
     "Test coverage",
     "Accuracy per class",
     "Changed predictions",
@@ -104,6 +106,15 @@ def test_the_pages_show_layers_coverage_classes_latency_and_how_to_repeat_it():
         assert expected in text, expected
 
 
+@pytest.mark.parametrize("method", ["Coverage", "Wanda"])
+def test_a_record_of_an_earlier_version_is_shown_without_what_it_lacks(method):
+    path = PROJECT / "results" / "cpu-short" / f"TS1_{method}_ResNet18_CIFAR10.json"
+    text = pdf_text(pdf_report(json.loads(path.read_text(encoding="utf-8"))))
+    assert "Layers before and after pruning" in text
+    for lacking in ("Verdict", "Sensitivity of the layers", "How far the pruning went", "Keep layers"):
+        assert lacking not in text
+
+
 def test_only_the_pictures_are_no_vectors():
     reader = PdfReader(io.BytesIO(pdf_report(run_record())))
     images = [image.image for page in reader.pages for image in page.images]
@@ -152,6 +163,28 @@ def test_an_export_is_in_the_report():
     assert "1,024 calibration images" in text
     for expected in ("ONNX Runtime, CPU (ms) 1.50 1.25 1.00", "8.1e-06", "ONNX Runtime 1.31.1", "Some CPU, 2 threads"):
         assert expected in text
+
+
+def test_the_steps_up_to_a_limit_are_in_the_report():
+    assert "How far the pruning went" not in pdf_text(pdf_report(run_record()))
+    record = auto_record()
+    text = pdf_text(pdf_report(record))
+    for expected in (
+        "pruned in 5 steps, to end before the accuracy on the calibration images fell by more than 1 point or at a "
+        "speed-up of 1.5 on single images, then 3 epochs",
+        "The pruning ended because the next step lost more than 1 point of accuracy",
+        "Original 0.0 0.0 97.20 1 5.0 5.1 97.00 -0.20 1.95 1.05x yes",
+        "6 30.0 30.6 95.90 -1.30 1.70 1.30x no",
+    ):
+        assert expected in text, expected
+    (note,) = notes(record)
+    assert "speed-up of 1.5 on single images was not reached: 1.25 is that of the last step" in note
+    assert notes(auto_record("speedup")) == []
+    for step in record["pruning"]["path"]:
+        for key in ("speedup", "latency_median_ms", "latency_images"):
+            step.pop(key, None)
+    record["config"].update(speedup=None, speedup_of=None)
+    assert "1 5.0 5.1 97.00 -0.20 yes" in pdf_text(pdf_report(record))
 
 
 def test_warnings_stand_before_the_summary():
@@ -210,6 +243,8 @@ def test_a_report_of_any_length_is_made_and_no_text_is_lost(layers, warnings, na
     names = [name.format(number) for number in range(layers)]
     for part in (record, record["pruning"]):
         part["layers"] = [{**part["layers"][1], "name": each} for each in names]
+    (group,) = record["pruning"]["sensitivity"]
+    record["pruning"]["sensitivity"] = [{**group, "layers": [each, "x"]} for each in names]
     for model in record["coverage"]["models"].values():
         model["layers"] = [*({**model["layers"][0], "name": each} for each in names), model["layers"][-1]]
     record["warnings"] = [f"Warning {number}: the network is at chance level" for number in range(warnings)]
@@ -218,6 +253,8 @@ def test_a_report_of_any_length_is_made_and_no_text_is_lost(layers, warnings, na
     record["commands"] = ["python " + "".join(f"/folder{number}" for number in range(200))]
     record["config"]["round_to"] = list(range(900, 0, -1))
     text = re.sub(r"TS1_s+Page\d+", "", _squeezed(pdf_text(pdf_report(record))))
+    assert text.count("and1more(64)") == min(layers, 40)
+    assert ("The40of" in text) == (layers > 40)
     for expected in (*names, *record["warnings"], *classes[:5], *(f"/folder{number}/" for number in range(199))):
         assert _squeezed(expected) in text, expected
     assert sum(f",{number}," in text for number in range(2, 900)) > 880, "a page may end within some of them"

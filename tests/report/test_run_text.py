@@ -1,10 +1,12 @@
 """The printed tables, against the user's specification."""
 
+import pytest
+
 from cleanai.report.notes import notes
 from cleanai.report.run_pdf import pdf_report
 from cleanai.report.run_text import comparison_rows, comparison_table, deployed_rows, preparation_table, summary_rows
-from cleanai.report.wording import origin_lines, repair_stages, requested_shares
-from tests.helpers import EXPORT, INT8, pdf_text, preparation_record, run_record
+from cleanai.report.wording import origin_lines, repair_stages, requested_shares, verdict_text
+from tests.helpers import EXPORT, INT8, pdf_pages, pdf_text, preparation_record, run_record
 
 # As the user specified them, less the ~ before the expected values.
 PREPARATION_TABLE = """\
@@ -55,6 +57,17 @@ def test_preparation_table_is_the_specified_one():
 
 def test_comparison_table_is_the_specified_one():
     assert comparison_table(run_record()) == COMPARISON_TABLE
+
+
+@pytest.mark.parametrize("result", ["PASS", "FAIL", "NOT SHOWN"])
+def test_a_verdict_is_printed_and_is_on_the_first_page(result):
+    judged = {"accept_drop_points": 1.0, "difference_points": -0.3, "interval_points": [-0.8, 0.2]}
+    record = {**run_record(), "verdict": {"result": result, **judged}}
+    sentence = verdict_text(record)
+    assert sentence.startswith(f"Verdict: {result}, ") and "1 point of accuracy" in sentence
+    assert "-0.80 to +0.20 points" in sentence
+    assert sentence in " ".join(comparison_table(record).split())
+    assert sentence in pdf_pages(pdf_report(record))[0]
 
 
 def test_warnings_stand_under_the_table():

@@ -103,12 +103,14 @@ def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, mo
 def test_a_command_holds_all_settings():
     config = {
         "dataset": "Digits", "ratio": None, "macs_ratio": 0.3, "train_samples": None, "coverage_metric": "frequency",
-        "round_to": [16, 8], "fine_tuned_model": "0" * 16, "conditions": "float32, 3 images",
+        "round_to": [16, 8], "keep_layers": ["conv1", "layer4.*"],
+        "fine_tuned_model": "0" * 16, "conditions": "float32, 3 images",
     }  # fmt: skip
     files = Scenario("TS1", "ResNet18", "Digits", Path("Çalışma dosyaları"), "Coverage")
     assert files.command(config) == (
         'python test_scenarios/TS1_02_coverage_pruning.py --dataset Digits --checkpoints-dir "Çalışma dosyaları" '
-        "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8"
+        "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8 "
+        '--keep-layers conv1 "layer4.*"'
     )
 
 

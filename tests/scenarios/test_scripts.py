@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from cleanai.measure.latency import LEAST_TURNS
-from cleanai.measure.significance import compare_paired, unpack
+from cleanai.measure.significance import compare_paired, judge_drop, unpack
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
+from cleanai.report.comparison import heldout_flags
 from cleanai.report.run_text import comparison_table, preparation_table
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
@@ -385,3 +386,31 @@ def test_fresh_starts_over_with_other_settings(small_run, tmp_path):
     shutil.copytree(folder / "TS1_Wanda_SmallNetwork_Digits", tmp_path / "TS1_Wanda_SmallNetwork_Digits")
     other = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "5")
     fails(other, "was made from another fine-tuned model", "--fresh")
+
+
+def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path):
+    folder, scripts = small_run
+    shutil.copytree(folder / "TS1", tmp_path / "TS1")
+    options = [scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "1", "--ratio", "auto"]
+    options += ["--accept-drop", "7", "--keep-layers", "last*", "--strict"]
+    result = prune(*options)
+    scenario = _scenario(tmp_path, "Wanda", model=SMALL_MODEL)
+    record = read_record(scenario.record)
+    assert result.returncode == (0 if record["verdict"]["result"] == "PASS" else 3), result.stderr
+    assert f"Verdict: {record['verdict']['result']}" in result.stdout
+    flags = heldout_flags(record)
+    assert record["verdict"] == judge_drop(flags["original"], flags["fine_tuned"], 7.0)
+    original, *steps = [step["accuracy_calibration_percent"] for step in record["pruning"]["path"]]
+    taken = steps[: len(record["pruning"]["steps"])]
+    assert taken and original - min(taken) <= 7
+    removed = record["summary"]["parameter_reduction_percent"]
+    assert removed == pytest.approx(record["pruning"]["steps"][-1]["parameters_removed_percent"])
+    widths = {layer["name"]: layer["channels_after"] for layer in record["pruning"]["layers"]}
+    assert widths["last.0"] == 64 and min(widths["first.0"], widths["stem.0"] + 32) < 64
+
+    shutil.rmtree(scenario.record.parent)
+    resumed = prune(*options)
+    assert "Found the pruned network of an earlier run" in resumed.stdout and "Step 1" not in resumed.stdout
+    again = read_record(scenario.record)
+    assert (again["pruning"], again["verdict"]) == (record["pruning"], record["verdict"])
+    assert resumed.returncode == result.returncode
