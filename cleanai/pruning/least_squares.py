@@ -138,6 +138,11 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
 
 def _regression(rows: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:
     """The ridge regression of `targets` (g, n, C) on `rows` (g, n, P): coefficients (g, P, C)."""
+    count, width = rows.shape[1:]
+    if count < width:  # the same solution from the smaller matrix: X^T (X X^T + lambda I)^-1 Y
+        products = (rows @ rows.transpose(1, 2)).double() / count
+        weights = torch.cholesky_solve(targets.double() / count, _factor(products, share * count / width))
+        return rows.double().transpose(1, 2) @ weights
     products = (rows.transpose(1, 2) @ targets).double() / rows.shape[1]
     return torch.cholesky_solve(products, _factor(gram_matrix(rows), share))
 

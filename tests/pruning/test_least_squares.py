@@ -194,3 +194,15 @@ def test_a_layer_that_meets_its_targets_computes_the_same_after_the_fit(two_conv
         expected = norm(layer(values)) + 0.5
         fit(layer, norm, input_windows(layer, values, 50), output_rows(layer, expected, 50))
         torch.testing.assert_close(norm(layer(values)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_with_fewer_rows_than_weights_the_solution_is_the_same_ridge_regression(rows):
+    torch.manual_seed(0)
+    layer, windows, targets = nn.Linear(60, 4, bias=False), torch.randn(1, rows, 60), torch.randn(rows, 4)
+    start, inputs = layer.weight.detach().double(), windows[0].double()
+    gram = inputs.T @ inputs / rows
+    ridge = WINDOW_RIDGE * gram.diagonal().mean() * torch.eye(60, dtype=torch.float64)
+    change = torch.linalg.solve(gram + ridge, inputs.T @ (targets.double() - inputs @ start.T) / rows)
+    fit(layer, None, windows, targets)
+    torch.testing.assert_close(layer.weight.double(), start + change.T, rtol=1e-4, atol=1e-5)
