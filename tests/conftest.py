@@ -19,6 +19,14 @@ def _terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_rows():
+    """The end of the repair in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cleanai.pruning.rows.FIT_ROWS", 2**13)
+        yield
+
+
 @pytest.fixture(scope="session")
 def compute() -> Compute:
     return choose_compute("cpu", "float32")

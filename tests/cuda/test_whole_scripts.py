@@ -27,7 +27,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("precision", "capability"), [("bfloat16", (8, 6)), ("float16", (7, 5))])
+@pytest.mark.parametrize(
+    ("precision", "capability"), [("bfloat16", (8, 6)), pytest.param("float16", (7, 5), marks=pytest.mark.long)]
+)
 def test_each_script_runs_whole(precision, capability, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exit, "_SIGNALS", [])
     scripts = own_scripts(tmp_path, MODEL=SMALL_MODEL)

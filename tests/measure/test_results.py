@@ -43,7 +43,9 @@ def measured(digits, compute, trained_network):
     split = Split(*images.calibration_split(64, seed=0))
     pruned = copy.deepcopy(trained_network)
     settings = PruneSettings(0.2, None, steps=1, batch_size=64)
-    prune_to_budget(pruned, WandaImportance(), PruneImages(split.calibration, images.train), compute, settings)
+    prune_to_budget(
+        pruned, WandaImportance(), PruneImages(split.calibration, images.repair_sample(64, 0)), compute, settings
+    )
     networks = {"original": copy.deepcopy(trained_network), "pruned": pruned, "fine_tuned": copy.deepcopy(pruned)}
     with torch.no_grad():  # the last network is worse on three classes
         networks["fine_tuned"].fc.bias[[3, 5, 8]] -= 3

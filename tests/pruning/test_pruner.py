@@ -22,7 +22,7 @@ from tests.small_network import SmallNetwork
 
 def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="same", steps=2, **options):
     """Prune by the same share of both costs, if no other is given. Further options are settings."""
-    images = PruneImages(digits.test.select(torch.arange(64)), digits.repair_sample(256, seed=0))
+    images = PruneImages(digits.test.select(torch.arange(64)), digits.repair_sample(128, seed=0))
     macs_ratio = ratio if macs_ratio == "same" else macs_ratio
     after_step = options.pop("after_step", None)
     settings = PruneSettings(ratio, macs_ratio, steps, batch_size=64, **options)

@@ -12,6 +12,7 @@ from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import PROJECT
 from tests.helpers import SMALL_MODEL, own_scripts, pdf_text
 
+pytestmark = pytest.mark.long
 FEW = ["--dataset", "Digits", "--batch-size", "16"]
 CALIBRATION = ["--calibration-batches", "1", "--repair-batches", "2"]
 PRUNE = [

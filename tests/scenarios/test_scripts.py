@@ -339,6 +339,7 @@ def test_a_console_without_unicode_is_no_obstacle(digits_run):
 
 
 @needs_real_images
+@pytest.mark.long
 def test_the_scripts_on_real_images(tmp_path):
     # Script 2 is script 3 but for the criterion (test_drift.py), and the timing of full-size images takes a minute.
     copy_real_images(tmp_path, per_class=20)
