@@ -17,6 +17,7 @@ from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import SCRIPTS
 
+pytestmark = pytest.mark.long
 CONFIG = {
     "epochs": 1,
     "batch_size": 64,

@@ -106,6 +106,7 @@ def test_each_process_draws_its_own_dropout(states):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.long
 def test_a_script_under_torchrun_writes_the_same_files_and_prints_once(tmp_path):
     few = ["--train-samples", "32", "--batch-size", "16", "--checkpoints-dir", tmp_path, "--fresh"]
     result = _torchrun(*script_command(SCRIPTS[0], *PREPARE, *few))

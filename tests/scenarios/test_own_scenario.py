@@ -21,6 +21,7 @@ from tests.helpers import (
 )
 from tests.small_network import SmallNetwork
 
+pytestmark = pytest.mark.long
 NORMALISATION = ["--mean", "0.5", "0.25", "0", "--std", "0.25", "0.5", "1"]
 
 

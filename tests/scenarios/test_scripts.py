@@ -389,6 +389,7 @@ def test_fresh_starts_over_with_other_settings(small_run, tmp_path):
     fails(other, "was made from another fine-tuned model", "--fresh")
 
 
+@pytest.mark.long
 def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path):
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
