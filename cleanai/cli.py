@@ -46,18 +46,17 @@ def _whole(least: int) -> Callable[[str], int]:
 
 def _between(low: float, high: float, including: str = "") -> Callable[[str], float]:
     """A number between two others; `including` may name "low", "high" or "both", which are excluded otherwise."""
-    excluded = {"": ", both excluded", "low": f", {high:g} excluded", "high": f", {low:g} excluded", "both": ""}[
-        including
-    ]
+    included = {"": (), "low": (low,), "high": (high,), "both": (low, high)}[including]
+    excluded = [f"{end:g}" for end in (low, high) if end not in included]
+    shown = f", {'both' if len(excluded) == 2 else excluded[0]} excluded" if excluded else ""
 
     def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
             number = math.nan
-        included = {"low": [low], "high": [high], "both": [low, high]}.get(including, [])
         if not (low < number < high or number in included):
-            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}{excluded}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number between {low:g} and {high:g}{shown}")
         return number
 
     return parse

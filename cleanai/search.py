@@ -100,10 +100,9 @@ class _Search:
         The first step beyond the accepted drop ends it. A later one that is within it again would be so by chance.
         """
         limits = self.limits
-        candidate = copied(pruned)
-        measured = {"accuracy_calibration_percent": self._accuracy(candidate)}
+        measured = {"accuracy_calibration_percent": self._accuracy(pruned)}
         if limits.speedup is not None:
-            measured.update(self._speed(candidate, limits.speedup))
+            measured.update(self._speed(pruned, limits.speedup))
         measured = distributed.agreed(measured)  # processes take different times
         lost = self.path[0]["accuracy_calibration_percent"] - measured["accuracy_calibration_percent"]
         taken = limits.accept_drop is None or lost <= limits.accept_drop + _ROUNDING
@@ -117,7 +116,7 @@ class _Search:
         if not taken:
             self.ended_by = "accuracy"
             return True
-        self.pruned, self.unrepaired = candidate, copied(unrepaired)
+        self.pruned, self.unrepaired = pruned, copied(unrepaired)
         if limits.speedup is not None and measured["speedup"] >= limits.speedup:
             self.ended_by = "speedup"
             return True

@@ -23,9 +23,8 @@ from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say
 
 HOOKED = 2  # a pass that observes all layers takes about so many times as long
-COVERAGE_IMAGES = (
-    1024  # test images (for calibration, if there are), and training images for the ranges: seconds, not minutes
-)
+# Test images (for calibration, if there are), and training images for the ranges: seconds, not minutes.
+COVERAGE_IMAGES = 1024
 SHOWN_CLASSES, SHOWN_PER_CLASS = 3, 4
 SHOWN_SIDE = 64  # pixels at most, so that a record stays small
 

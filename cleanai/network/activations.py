@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cleanai import UserError
 from cleanai.data.images import ImageSet
@@ -129,13 +131,21 @@ def observe(
     if output:
         hooks.append(network.register_forward_hook(lambda network, args, outputs: call(network, outputs)))
     try:
-        with torch.inference_mode():
+        with removed_afterwards(hooks), torch.inference_mode():
             for inputs, _ in images.batches_for(compute, title):
                 run(inputs, Counter())
     finally:
+        network.train(was_training)
+
+
+@contextlib.contextmanager
+def removed_afterwards(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """A context after which these hooks are gone."""
+    try:
+        yield
+    finally:
         for hook in hooks:
             hook.remove()
-        network.train(was_training)
 
 
 def not_finite() -> UserError:

@@ -29,8 +29,10 @@ WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a network is trained: `lr` is the peak learning rate, `weight_decay` that of Adam; `teacher`, if any, its
-    teacher in distillation."""
+    """How a network is trained: `lr` is the peak learning rate, `weight_decay` that of Adam.
+
+    `teacher` is that of the distillation, if there is one.
+    """
 
     epochs: int
     batch_size: int = 128

@@ -84,7 +84,7 @@ def fit(layer: nn.Module, norm: _BatchNorm | None, windows: torch.Tensor, target
     `WINDOW_RIDGE` of the mean diagonal. The norm's scale and shift, or the layer's bias, are set as well.
     """
     groups = len(windows)
-    weight = layer.weight.detach().double().flatten(1).unflatten(0, (groups, -1))  # (groups, outputs per group, n)
+    weight = kernels(layer, 1).flatten(2)  # (groups, outputs per group, n)
     targets = targets.unflatten(1, (groups, -1)).movedim(1, 0)  # (groups, rows, outputs per group)
     shifts = norm is not None or layer.bias is not None
     centre = windows.mean(1, keepdim=True) if shifts else torch.zeros_like(windows[:, :1])
@@ -95,8 +95,8 @@ def fit(layer: nn.Module, norm: _BatchNorm | None, windows: torch.Tensor, target
         weight = weight * scale[:, :, None]
     error = targets - goal - rows @ weight.transpose(1, 2).to(rows)
     weight = weight + _regression(rows, error, WINDOW_RIDGE).transpose(1, 2)
+    set_kernels(layer, weight)
     with torch.no_grad():
-        layer.weight.copy_(weight.reshape(layer.weight.shape))
         if norm is not None:
             norm.weight.copy_(_deviation(rows, weight, norm).flatten())
             norm.bias.copy_(goal.flatten())

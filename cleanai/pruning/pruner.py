@@ -122,9 +122,10 @@ def prune_to_budget(
     Returns a report, and a copy of the network without the same channels, not repaired. The report has `steps` (shares
     requested and removed after each step, in percent, and its seconds), `layers` (widths before and after), and
     `sensitivity` (of each group before the first step, see `_Pruning.sensitivity_of`). `after_step` is called with the
-    number of each step, the network as if this step were the last, and that copy, and must not change them; a true
-    answer ends the pruning. Both keep the mode, precision, device and frozen parameters of the network; weights that
-    two layers share are not pruned. In DataParallel the network inside is pruned.
+    number of each step, the network as if this step were the last (one of its own, which may be kept), and that copy,
+    and must not change them; a true answer ends the pruning. Both keep the mode, precision, device and frozen
+    parameters of the network; weights that two layers share are not pruned. In DataParallel the network inside is
+    pruned.
 
     Raises UserError, before anything is changed, when the shares cannot be met or the network cannot be pruned.
     """

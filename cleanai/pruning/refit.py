@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from cleanai.data.images import ImageSet
-from cleanai.network.activations import CONSUMERS
+from cleanai.network.activations import CONSUMERS, removed_afterwards
 from cleanai.pruning.least_squares import fit
 from cleanai.pruning.repair import new_averages
 from cleanai.pruning.rows import input_windows, output_rows
@@ -96,15 +96,6 @@ class _Additions(TorchFunctionMode):
         return total
 
 
-@contextlib.contextmanager
-def _removed_afterwards(hooks: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @dataclass
 class _Original:
     """What the original network computes for so many `images`, by the names of its layers.
@@ -134,7 +125,7 @@ class _Original:
                 hooks.append(module.register_forward_hook(self._after_layer))
             elif isinstance(module, _BatchNorm) and module.affine:
                 hooks.append(module.register_forward_hook(self._after_norm))
-        with _removed_afterwards(hooks), _Additions(self._before_addition, self._after_addition):
+        with removed_afterwards(hooks), _Additions(self._before_addition, self._after_addition):
             yield
         twice = {self._names[module] for module, count in self._runs.items() if count > 1}
         for name in list(self.outputs):
@@ -195,7 +186,7 @@ class _Pruned:
         """A context in which the network runs once."""
         hooks = [layer.register_forward_pre_hook(self._before_layer) for layer in self._names]
         hooks += [module.register_forward_hook(self._after_branch) for module in self._last]
-        with _removed_afterwards(hooks), self._additions:
+        with removed_afterwards(hooks), self._additions:
             yield
         for _ in self._bar:
             pass

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cleanai.data.images import ImageSet
+from cleanai.network.activations import removed_afterwards
 from cleanai.pruning.least_squares import reconstruct, reconstruct_windows, zero_inputs
 from cleanai.pruning.rows import NO_CHANNELS, channel_rows, is_kept, window_rows
 from cleanai.runtime.compute import Compute
@@ -42,12 +43,8 @@ def most_images(network: nn.Module, example: torch.Tensor) -> int:
         largest = max(largest, sum(each.numel() for each in (*args, output) if isinstance(each, torch.Tensor)))
 
     handles = [module.register_forward_hook(look) for module in network.modules() if not any(module.children())]
-    try:
-        with torch.inference_mode():
-            network.eval()(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_afterwards(handles), torch.inference_mode():
+        network.eval()(example)
     return max(1, REPAIR_BYTES // (2 * 4 * max(1, largest)))
 
 
@@ -120,12 +117,8 @@ def reconstruct_in_order(
                     reconstruct_windows(layer, targets.outputs[layer], windows[layer], removed)
 
     handles = [layer.register_forward_pre_hook(repair) for layer in spreads]
-    try:
-        with new_averages(network) as norms, torch.no_grad(), compute.autocast():
-            network(next(images.batches(len(images)))[0])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_afterwards(handles), new_averages(network) as norms, torch.no_grad(), compute.autocast():
+        network(next(images.batches(len(images)))[0])
     if max([*runs.values(), *(int(norm.num_batches_tracked) for norm in norms)], default=0) > 1:
         return {}, {}
     return channels, windows

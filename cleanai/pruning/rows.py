@@ -123,10 +123,10 @@ def _output_sides(layer: nn.Conv2d, values: torch.Tensor) -> list[int]:
 def _windows(layer: nn.Conv2d, values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The windows under the kernel at the `chosen` outputs: (groups, rows, C of each group, kernel positions)."""
     places, inside = [], []  # per side (outputs, kernel): the input position, and whether it is not padding
-    for side, kernel, stride, padding, dilation in zip(
-        values.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    for side, outputs, kernel, stride, padding, dilation in zip(
+        values.shape[2:], _output_sides(layer, values), layer.kernel_size, layer.stride, layer.padding, layer.dilation
     ):
-        starts = torch.arange(-padding, side + padding - dilation * (kernel - 1), stride)
+        starts = stride * torch.arange(outputs) - padding
         unclamped = starts[:, None] + dilation * torch.arange(kernel)
         places.append(unclamped.clamp(0, side - 1))
         inside.append(unclamped == places[-1])

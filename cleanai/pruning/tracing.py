@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cleanai import UserError
-from cleanai.network.activations import CONSUMERS, not_finite
+from cleanai.network.activations import CONSUMERS, not_finite, removed_afterwards
 from cleanai.runtime.files import one_line
 from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.memory import is_shortage
@@ -149,12 +149,8 @@ def trace(network: nn.Module, example: torch.Tensor) -> tp.DependencyGraph:
             raise refused(network, f"{layers[layer]} is called with a keyword: call it as layer(inputs)")
 
     def forward(network: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-        try:
+        with removed_afterwards([layer.register_forward_pre_hook(note) for layer in layers]):
             results = tensors_in(run_network(network, inputs))
-        finally:
-            for hook in hooks:
-                hook.remove()
         outputs.extend(result for result in results if result.requires_grad)
         if not outputs:
             raise refused(network, "its outputs do not depend on its weights by gradients: return logits")

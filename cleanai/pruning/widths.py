@@ -10,7 +10,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from cleanai.network.activations import CONSUMERS
+from cleanai.network.activations import CONSUMERS, removed_afterwards
 from cleanai.pruning.groups import Group
 
 LEAST_KEPT = 0.1  # share of a group's original channels
@@ -85,12 +85,8 @@ def _positions(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int
         positions[layer] = positions.get(layer, 0) + values.numel() // channels
 
     hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, CONSUMERS)]
-    try:
-        with torch.inference_mode():
-            network.eval()(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removed_afterwards(hooks), torch.inference_mode():
+        network.eval()(example)
     return positions
 
 
@@ -123,6 +119,21 @@ def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
     return [0] + [group.channels - width for width in range(group.channels - 1, least - 1, -1) if width % multiple == 0]
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A context for many small operations on the CPU.
+
+    Threads gain little there, and wait for each other where other programs keep the cores busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def choose_cuts(
     costs: Costs,
     cuts: list[list[int]],
@@ -137,29 +148,6 @@ def choose_cuts(
     channels are removed in blocks, this only approximates the budget. A random search around it then meets the budget
     with the least loss that it finds: never more than that of `known` (G,), if given.
     """
-    with _one_thread():
-        return _choose_cuts(costs, cuts, losses, budget, known)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A context for many small operations on the CPU: threads gain little there, and wait for each other where other
-    programs keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _choose_cuts(
-    costs: Costs,
-    cuts: list[list[int]],
-    losses: list[torch.Tensor],
-    budget: Budget,
-    known: torch.Tensor | None,
-) -> torch.Tensor:
     start = _by_exchange_rate(costs, cuts, losses, budget)
     table = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in cuts], True)  # (G, E)
     loss = torch.nn.utils.rnn.pad_sequence([row.double() for row in losses], True)
