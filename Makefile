@@ -5,7 +5,7 @@ PY := .venv/bin/python
 RUN := $(PY) test_scenarios
 DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
-DEMO_PRUNE := --epochs 2 --lr 0.0003 --repair-batches 8
+DEMO_PRUNE := --epochs 2 --lr 0.0003 --repair-batches 4 --timing-seconds 5
 
 .PHONY: help demo run test test-long test-floor test-newest test-gpu lint docs clean
 
