@@ -50,10 +50,10 @@ def prune(
     which the accuracy on `images` is no more than `accept_drop` points lower. `images` (`cleanai.image_set`, at least
     16, better some hundred) are as the network was trained on; their labels are used with "auto" alone. Measure the
     accuracy on other images.
-    `criterion` is the name of a method in `CRITERIA` ("wanda", "coverage", your own) or of a baseline ("L2 magnitude",
-    "random choice"), capitals do not matter; or an importance, an instance. Layer widths are multiples of the first
-    number in `round_to` that can meet the ratios. Layers whose names match a pattern in `keep_layers` ("layer4.*") keep
-    their output channels. It prunes in 3 steps, with full repair (`prune_to_budget`).
+    `criterion` is the name of a method in `CRITERIA` ("wanda", "coverage", your own) or of a baseline ("OBS",
+    "L2 magnitude", "random choice"), capitals do not matter; or an importance, an instance. Layer widths are multiples
+    of the first number in `round_to` that can meet the ratios. Layers whose names match a pattern in `keep_layers`
+    ("layer4.*") keep their output channels. It prunes in 3 steps, with full repair (`prune_to_budget`).
 
     The copy is in evaluation mode, on the network's device; fine-tune it as any network. The work is done there if it
     is a CUDA device, else on the first CUDA device there is, else on the CPU. The report is that of `prune_to_budget`:

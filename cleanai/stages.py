@@ -198,7 +198,8 @@ class Run:
         ratio, macs_ratio = (
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
         )
-        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        repair = "full" if args.repair == "distil" else args.repair  # distilled once, after all steps
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
         return replace(settings, keep_layers=args.keep_layers or ())
 
     def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:
@@ -217,7 +218,7 @@ class Run:
         else:
             pruned = copied(original)
             pruning, unrepaired = prune_to_budget(pruned, *work)
-        self._save_pruned(pruned, unrepaired, pruning)
+        self._save_pruned(pruned, unrepaired, original, pruning)
         return pruned, pruning
 
     def find_pruned(self) -> tuple[nn.Module | None, Record]:
@@ -233,14 +234,28 @@ class Run:
         self.evaluations["pruned"] = Evaluation.stored_in(checkpoint)
         return self.compute.place(network_from(checkpoint, path)), dict(checkpoint["pruning"])
 
-    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, pruning: Record) -> None:
-        """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`."""
+    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, original: nn.Module, pruning: Record) -> None:
+        """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`.
+
+        Distillation, where it belongs to the repair, runs here.
+        """
         from cleanai.network.models import save_network
 
         pruning.update(self._repair_accuracies(network, unrepaired))
+        if self.args.repair == "distil":
+            pruning["accuracy_distilled_percent"] = self._distil(network, original)
         evaluation = vars(self.evaluations["pruned"])
         save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
         print(f"After pruning: {repair_stages(pruning)}")
+
+    def _distil(self, network: nn.Module, original: nn.Module) -> float:
+        """Distil the pruned network, in place, from the original one, and evaluate it again: accuracy in percent."""
+        from cleanai.network.evaluation import evaluate
+        from cleanai.network.training import distil
+
+        distil(network, original, self.images, self.compute, self.args.batch_size, self.args.seed)
+        self.evaluations["pruned"] = evaluate(network, self.images.test, self.compute, "Evaluating, distilled")
+        return self.evaluations["pruned"].accuracy_percent
 
     def _repair_accuracies(self, pruned: nn.Module, unrepaired: nn.Module) -> dict[str, float]:
         """Accuracy as cut and after each part of the repair. Batch norm of `unrepaired` is recalibrated for it."""

@@ -14,14 +14,15 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.evaluation import evaluate
-from cleanai.pruning.criteria import CRITERIA
+from cleanai.pruning.criteria import CRITERIA, OBS
 from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.progress import progress_bar, say
 
 # Baselines that use no calibration images.
-BASELINES: dict[str, Callable[[], tp.importance.Importance]] = {
+BASELINES: dict[str, Callable[[], tp.importance.Importance | OBS]] = {
+    "OBS": OBS,
     "L2 magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "random choice": tp.importance.RandomImportance,
 }
@@ -29,7 +30,7 @@ BASELINES: dict[str, Callable[[], tp.importance.Importance]] = {
 ROUND_TO = (8, 4, 2, 1)  # 8 is fine enough to meet every ratio of ResNet-18, not only the highest
 
 
-def sweep_criteria() -> dict[str, Callable[[], tp.importance.Importance]]:
+def sweep_criteria() -> dict[str, Callable[[], tp.importance.Importance | OBS]]:
     """The criteria of a sweep by name: the methods, then the baselines."""
     return {**{method.title: CRITERIA[name] for name, method in METHODS.items()}, **BASELINES}
 
@@ -78,7 +79,7 @@ class Sweep:
     def _prune(
         self,
         name: str,
-        importance: tp.importance.Importance,
+        importance: tp.importance.Importance | OBS,
         known: dict[tuple[str, float], dict[str, Any]],
         advance: Callable[[], Any],
     ) -> None:

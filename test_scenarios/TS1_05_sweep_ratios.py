@@ -1,8 +1,8 @@
 """Script 5 of 5: how far can the network be pruned?
 
-Prunes the network of script 1 at several ratios by each method, by L2 magnitude and at random, measures the accuracy
-on held-out test images, and draws it in a PDF beside the networks of scripts 2 and 3. It takes an hour on two CPU
-cores. An interrupted run resumes with the same command.
+Prunes the network of script 1 at several ratios by each method, by OBS, by L2 magnitude and at random, measures the
+accuracy on held-out test images, and draws it in a PDF beside the networks of scripts 2 and 3. It takes an hour on two
+CPU cores. An interrupted run resumes with the same command.
 
     python test_scenarios/TS1_05_sweep_ratios.py
     python test_scenarios/TS1_05_sweep_ratios.py --dataset Digits --ratios 0.3 0.6    # after script 1 with Digits

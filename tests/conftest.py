@@ -9,7 +9,6 @@ from cleanai.data.images import Images
 from cleanai.data.sources import load_images
 from cleanai.network.models import resnet18_for_small_images
 from cleanai.runtime.compute import Compute, choose_compute
-from cleanai.runtime.scenario import Scenario
 from tests.helpers import SCRIPTS, prepare, prune
 
 
@@ -23,7 +22,7 @@ def _terminal(monkeypatch):
 def few_rows():
     """The end of the repair in a fraction of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cleanai.pruning.rows.FIT_ROWS", 2**13)
+        patch.setattr("cleanai.pruning.rows.FIT_ROWS", 2**11)
         yield
 
 
@@ -38,18 +37,16 @@ def digits(tmp_path_factory) -> Images:
 
 
 @pytest.fixture(scope="session")
-def trained_network(digits, compute, tmp_path_factory):
+def trained_network(digits, compute):
     """A ResNet-18 whose channels and batch norms have seen images, so that they differ as in a real network.
 
     One for all tests: who changes it works on a copy, as the fixture `network` is.
     """
-    from cleanai.network.training import TrainSettings, fine_tune
+    from cleanai.network.training import TrainSettings, train
 
     torch.manual_seed(0)
     network = resnet18_for_small_images(10)
-    scenario = Scenario("T", "ResNet18", "Digits", tmp_path_factory.mktemp("trained"))
-    small = digits.with_train_samples(256, seed=0)
-    fine_tune(network, small, compute, TrainSettings(epochs=1, batch_size=32), scenario, {"config": {}})
+    train(network, digits.with_train_samples(256, seed=0), compute, TrainSettings(epochs=1, batch_size=32))
     return network.eval()
 
 

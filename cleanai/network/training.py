@@ -24,6 +24,7 @@ from cleanai.runtime.progress import progress
 from cleanai.runtime.scenario import Scenario
 
 SAVE_EVERY = 5  # epochs
+DISTIL_STEPS, DISTIL_RATE = 300, 0.001  # docs/method.md compares them
 WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 
@@ -111,12 +112,25 @@ def fine_tune(
     return history, test
 
 
-def train(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings) -> None:
+def train(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings, title: str = "Epoch") -> None:
     """The training of `fine_tune` in place, without evaluation and without files."""
     _require_even_shares(images, settings.batch_size)
     step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
     for epoch in range(1, settings.epochs + 1):
-        _train_epoch(network, step, images, compute, epoch, settings)
+        _train_epoch(network, step, images, compute, epoch, settings, title)
+
+
+def distil(
+    network: nn.Module, original: nn.Module, images: Images, compute: Compute, batch_size: int, seed: int
+) -> None:
+    """Train a pruned network in place, without labels, to give the outputs of the original one.
+
+    The last part of the repair: `DISTIL_STEPS` steps, on other images in each where there are so many training images.
+    """
+    images = images.with_train_samples(min(len(images.train), DISTIL_STEPS * batch_size), seed)
+    epochs = math.ceil(DISTIL_STEPS / max(1, len(images.train) // batch_size))
+    settings = TrainSettings(epochs, batch_size, DISTIL_RATE, seed=seed, teacher=Teacher(original, 1.0))
+    train(network, images, compute, settings, "Distilling, epoch")
 
 
 def _resume(
@@ -168,7 +182,13 @@ def _print_epoch(results: dict[str, float], epochs: int) -> None:
 
 
 def _train_epoch(
-    network: nn.Module, step: TrainingStep, images: Images, compute: Compute, epoch: int, settings: TrainSettings
+    network: nn.Module,
+    step: TrainingStep,
+    images: Images,
+    compute: Compute,
+    epoch: int,
+    settings: TrainSettings,
+    title: str = "Epoch",
 ) -> dict[str, float]:
     """Train for one epoch; return `train_loss`, `train_accuracy_percent` and the last `learning_rate`."""
     seed = settings.seed * 100_003 + epoch
@@ -184,7 +204,7 @@ def _train_epoch(
     rates = [learning_rate((epoch - 1) * steps + number, total, settings.lr) for number in range(steps)]
     results = torch.zeros(2, steps, device=compute.device)  # losses and accuracies, read once at the end
     network.train()
-    for number in progress(range(steps), f"Epoch {epoch}/{settings.epochs}", "batch"):
+    for number in progress(range(steps), f"{title} {epoch}/{settings.epochs}", "batch"):
         batch = slice(number * settings.batch_size, (number + 1) * settings.batch_size)
         results[0, number], results[1, number] = step(order[batch], moves[batch], rates[number])
     losses, accuracies = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()

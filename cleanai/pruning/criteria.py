@@ -12,7 +12,8 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai.network.activations import MOMENTS, ChannelStatistics, divide
-from cleanai.pruning.groups import READ_FUNCTIONS
+from cleanai.pruning.groups import READ_FUNCTIONS, Group
+from cleanai.pruning.least_squares import greedy_order
 
 
 class ActivationImportance(tp.importance.Importance):
@@ -81,6 +82,24 @@ class WandaImportance(ActivationImportance):
         """The share (C,) of each input channel in the layer's outputs, averaged over the outputs."""
         products = weight_sums(layer) * statistics.second_moment.sqrt().reshape(getattr(layer, "groups", 1), 1, -1)
         return divide(products, products.sum(-1, keepdim=True)).mean(1).flatten() / products.shape[0]
+
+
+class OBS:
+    """Optimal Brain Surgeon for channels: each channel is the one without which the consumers' outputs lose least then.
+
+    Their other weights are meant to be adjusted optimally, see `greedy_order`. Not a score, so not an importance of
+    torch_pruning.
+    """
+
+    def order(self, group: Group, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+        """The units of a group (units,) in the order of removal, by the Gram matrices of its consumers' inputs."""
+        layers = list(group.consumers)
+        return greedy_order(
+            layers,
+            [grams[layer] for layer in layers],
+            [group.inputs(layer) for layer in layers],
+            [group.spreads[layer] for layer in layers],
+        )
 
 
 def weight_sums(layer: nn.Module) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -134,6 +136,41 @@ def output_errors(layer: nn.Module, gram: torch.Tensor, inputs: torch.Tensor, sp
     errors = (residual * (mixing[:, order][:, :, order] @ residual)).sum((0, 1)).cpu()
     per_row = errors.reshape(inputs.shape).sum(1).flip(0).cumsum(0)
     return per_row / power if power > 0 else torch.zeros_like(per_row)
+
+
+def greedy_order(
+    layers: Sequence[nn.Module], grams: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], spreads: Sequence[int]
+) -> torch.Tensor:
+    """An order of removal (R,) in which each unit is the one without which the layers' outputs lose least then.
+
+    Per layer: the Gram matrix of its inputs, the inputs (R, n) of each unit, and the spread, see `output_errors`, whose
+    errors are summed. Removing input j costs A_jj / H_jj, with H the inverse Gram matrix and A the sum of w w^T over
+    outputs and kernel positions. Both are updated after each (Hassibi et al. 1993; ZipLM, arXiv 2302.04089).
+    """
+    states = []
+    for layer, gram, spread in zip(layers, grams, spreads):
+        weight, gram = kernels(layer, spread).cpu(), gram.cpu()
+        mixing = torch.einsum("goik,gojk->gij", weight, weight)  # A: (g, C, C)
+        power = (mixing * gram).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        states.append((mixing / power, torch.cholesky_inverse(_factor(gram))))
+    gone = torch.zeros(len(inputs[0]), dtype=torch.bool)
+    order = torch.empty(len(gone), dtype=torch.long)
+    for number in range(len(order)):
+        errors = torch.zeros(len(gone), dtype=torch.float64)
+        for (mixing, inverse), units in zip(states, inputs):
+            each = mixing.diagonal(dim1=-2, dim2=-1) / inverse.diagonal(dim1=-2, dim2=-1)
+            errors += each.sum(0)[units].sum(1)
+        order[number] = errors.masked_fill(gone, torch.inf).argmin()
+        gone[order[number]] = True
+        for (mixing, inverse), units in zip(states, inputs):
+            for j in units[order[number]].tolist():
+                own, column = inverse[:, j, j, None, None], inverse[:, :, j, None]  # (g, 1, 1), (g, C, 1)
+                change = column / own
+                lost = mixing[:, :, j, None] @ change.transpose(1, 2)
+                square = change @ change.transpose(1, 2)
+                mixing += mixing[:, j, j, None, None] * square - lost - lost.transpose(1, 2)
+                inverse -= own * square
+    return order
 
 
 def _regression(rows: torch.Tensor, targets: torch.Tensor, share: float) -> torch.Tensor:

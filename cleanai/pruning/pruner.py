@@ -16,10 +16,10 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.activations import CONSUMERS, record_statistics
 from cleanai.network.trial import copied
-from cleanai.pruning.criteria import ActivationImportance
+from cleanai.pruning.criteria import OBS, ActivationImportance
 from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.least_squares import gram_matrix, output_errors
-from cleanai.pruning.refit import refit
+from cleanai.pruning.refit import OriginalOutputs, original_outputs, refit
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
 from cleanai.pruning.tracing import prepared, refused, require_plain, require_working, unwrapped
@@ -106,7 +106,7 @@ class PruneImages:
 
 def prune_to_budget(
     network: nn.Module,
-    importance: tp.importance.Importance,
+    importance: tp.importance.Importance | OBS,
     images: PruneImages,
     compute: Compute,
     settings: PruneSettings,
@@ -181,7 +181,7 @@ class _Pruning:
     def __init__(
         self,
         network: nn.Module,
-        importance: tp.importance.Importance,
+        importance: tp.importance.Importance | OBS,
         images: PruneImages,
         compute: Compute,
         settings: PruneSettings,
@@ -190,6 +190,7 @@ class _Pruning:
         self.compute, self.settings = compute, settings
         self.shares: Sequence[float | None] = (settings.ratio, settings.macs_ratio)  # to remove, of both costs
         self.original: nn.Module
+        self.targets: OriginalOutputs | None = None  # of the original network, for the end of the repair
         self.unrepaired: nn.Module
         if not (len(images.calibration) and len(images.repair)):
             raise UserError("Pruning needs at least one image for calibration, and one for the repair")
@@ -235,10 +236,8 @@ class _Pruning:
         graph, groups = self._groups(self.network)
         costs = Costs(self.network, groups, self.example)
         targets = self._record(groups, title)
-        orders = [
-            self.importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups
-        ]
         grams = {layer: gram_matrix(rows) for layer, rows in targets.inputs.items()}
+        orders = [self._order(group, grams) for group in groups]
         losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
         self.sensitivity = self.sensitivity or self.sensitivity_of(groups, losses)
         removed = self._choose(groups, costs, losses, fraction)
@@ -260,8 +259,9 @@ class _Pruning:
         """The last part of the repair, of the network after its last step."""
         if self.settings.repair == "full":
             with prepared(network), prepared(self.original):
-                title = "Refitting to the original network"
-                refit(network, self.original, self.kept, self.images.repair, self.compute, title)
+                images, compute = self.images.repair, self.compute
+                self.targets = self.targets or original_outputs(self.original, images, compute)
+                refit(network, self.targets, self.kept, images, compute, "Refitting to the original network")
             distributed.agree_on(network)
             self.compute.synchronize()
 
@@ -302,6 +302,12 @@ class _Pruning:
         else:  # without a full repair, or where a layer runs more than once
             inputs, outputs = record_rows(self.network, spreads, self.step_images, self.compute, f"{title}, rows")
         return Targets({layer: inputs[layer] for layer in spreads}, outputs)
+
+    def _order(self, group: Group, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
+        """The units of a group, the least important first."""
+        if isinstance(self.importance, OBS):
+            return self.importance.order(group, grams)
+        return self.importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True)
 
     def _choose(self, groups: list[Group], costs: Costs, losses: list[torch.Tensor], fraction: float) -> torch.Tensor:
         """The number of channels (G,) that each group loses in this step.

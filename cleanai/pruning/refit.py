@@ -29,9 +29,20 @@ from cleanai.runtime.progress import progress
 _ADDITIONS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__iadd__)
 
 
+def original_outputs(network: nn.Module, images: ImageSet, compute: Compute) -> OriginalOutputs:
+    """What the original network computes for all images, which pass it in one batch (see `most_images`).
+
+    Batch norm is recalibrated on them.
+    """
+    original = OriginalOutputs(network, len(images))
+    with original.recording(), new_averages(network), torch.no_grad(), compute.autocast():
+        network(next(images.batches(len(images)))[0])
+    return original
+
+
 def refit(
     network: nn.Module,
-    original: nn.Module,
+    original: OriginalOutputs,
     kept: dict[str, torch.Tensor],
     images: ImageSet,
     compute: Compute,
@@ -39,15 +50,13 @@ def refit(
 ) -> None:
     """Refit the layers of a pruned network, in the order of their execution, to what the original network computes.
 
-    `kept` are, by layer, the outputs of the original network that the pruned one still has. All images pass each
-    network in one batch (see `most_images`), on which batch norm is recalibrated. A layer's weights are refitted
-    together with the scale and the shift of the batch norm behind it. Layers that run more than once, those of a kind
-    that `input_windows` does not know, and those with the same inputs as in the original network stay as they are.
+    `kept` are, by layer, the outputs of the original network that the pruned one still has. The same images as in
+    `original_outputs` pass the network in one batch, on which batch norm is recalibrated. A layer's weights are
+    refitted together with the scale and the shift of the batch norm behind it. Layers that run more than once, those
+    of a kind that `input_windows` does not know, and those with the same inputs as in the original network stay as they
+    are.
     """
-    targets = _Original(original, len(images))
-    with targets.recording(), new_averages(original), torch.no_grad(), compute.autocast():
-        original(next(images.batches(len(images)))[0])
-    pruned = _Pruned(network, targets, kept, title)
+    pruned = _Pruned(network, original, kept, title)
     with pruned.refitting(), new_averages(network), torch.no_grad(), compute.autocast():
         network(next(images.batches(len(images)))[0])
 
@@ -97,7 +106,7 @@ class _Additions(TorchFunctionMode):
 
 
 @dataclass
-class _Original:
+class OriginalOutputs:
     """What the original network computes for so many `images`, by the names of its layers.
 
     `inputs`: shape and sum of a layer's inputs, which show whether they are the same in another network. `outputs`:
@@ -169,7 +178,7 @@ def _shape_and_sum(values: torch.Tensor) -> tuple[torch.Size, float]:
 class _Pruned:
     """Refits the layers of a pruned network while it runs."""
 
-    def __init__(self, network: nn.Module, targets: _Original, kept: dict[str, torch.Tensor], title: str) -> None:
+    def __init__(self, network: nn.Module, targets: OriginalOutputs, kept: dict[str, torch.Tensor], title: str) -> None:
         modules = dict(network.named_modules())
         self._targets, self._kept = targets, kept
         self._layers = {name: modules[name] for name in targets.outputs}
@@ -198,7 +207,7 @@ class _Pruned:
         if name in self._targets.sums:
             self._inputs[name] = args[0]
         else:
-            self._fit(name, args[0], self._kept_of(name, self._targets.outputs.pop(name)))
+            self._fit(name, args[0], self._kept_of(name, self._targets.outputs[name]))
 
     def _after_branch(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if not self._repeated:
@@ -209,7 +218,7 @@ class _Pruned:
         if name is None or self._repeated:
             return
         branch, other = (first, second) if self._origins.get(first) == name else (second, first)
-        values, total = self._inputs.pop(name), self._kept_of(name, self._targets.sums.pop(name))
+        values, total = self._inputs.pop(name), self._kept_of(name, self._targets.sums[name])
         self._fit(name, values, total - output_rows(self._layers[name], other, len(values)).float())
         self._repeated = True
         torch.clear_autocast_cache()  # or the layer would run with the former weights, cast before

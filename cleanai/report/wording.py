@@ -154,6 +154,7 @@ def repair_stages(pruning: Record) -> str:
         ("accuracy_raw_percent", "as cut"),
         ("accuracy_recalibrated_percent", "with batch norm recalibrated"),
         ("accuracy_reconstructed_percent", "with layers reconstructed"),
+        ("accuracy_distilled_percent", "distilled from the original network"),
     ]
     return ", ".join(f"{pruning[key]:.2f}% {text}" for key, text in stages if key in pruning)
 

@@ -9,7 +9,7 @@ from cleanai import UserError
 from cleanai.network import training
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import load_network, resnet18_for_small_images
-from cleanai.network.training import TrainSettings, fine_tune, learning_rate, train
+from cleanai.network.training import TrainSettings, distil, fine_tune, learning_rate, train
 from cleanai.network.training_step import Teacher, TrainingStep
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.scenario import Scenario
@@ -85,6 +85,31 @@ def test_distillation_compares_softened_outputs_and_leaves_the_teacher_alone(sta
     torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-4)
     assert losses[-1] < losses[0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_distilling_as_a_repair_approaches_the_original_without_labels(digits, compute, monkeypatch):
+    """By the divergence of the outputs on images that it did not use."""
+    monkeypatch.setattr(training, "DISTIL_STEPS", 40)
+    torch.manual_seed(0)
+    original = SmallNetwork(10)
+    train(original, digits.with_train_samples(480, seed=0), compute, replace(SETTINGS, epochs=4))
+    damaged = copy.deepcopy(original)
+    for module in damaged.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.add_(0.5 * module.weight.std() * torch.randn_like(module.weight))
+    inputs = next(digits.test.batches(200))[0]
+
+    def distance(network):
+        with torch.inference_mode():
+            own, expected = (each.eval()(inputs).log_softmax(1) for each in (network, original))
+        return (expected.exp() * (expected - own)).sum(1).mean().item()
+
+    mislabelled = replace(digits, train=replace(digits.train, labels=digits.train.labels.roll(1)))
+    distilled = {name: copy.deepcopy(damaged) for name in ("labels", "wrong labels")}
+    distil(distilled["labels"], original, digits, compute, 16, seed=0)
+    distil(distilled["wrong labels"], original, mislabelled, compute, 16, seed=0)
+    print(distance(damaged), {n: distance(d) for n, d in distilled.items()})
+    assert max(map(distance, distilled.values())) < distance(damaged) / 2
 
 
 def test_weight_decay_is_that_of_adam(start, few, compute):

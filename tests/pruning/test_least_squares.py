@@ -11,6 +11,7 @@ from cleanai.pruning.least_squares import (
     WINDOW_RIDGE,
     fit,
     gram_matrix,
+    greedy_order,
     output_errors,
     reconstruct,
     reconstruct_windows,
@@ -206,3 +207,36 @@ def test_with_fewer_rows_than_weights_the_solution_is_the_same_ridge_regression(
     change = torch.linalg.solve(gram + ridge, inputs.T @ (targets.double() - inputs @ start.T) / rows)
     fit(layer, None, windows, targets)
     torch.testing.assert_close(layer.weight.double(), start + change.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "grouped"])
+def test_greedy_removal_always_takes_the_unit_that_costs_least_then(kind):
+    """Of two readers together, by trying all units that are left."""
+    generator = torch.Generator().manual_seed(0)
+    groups = 2 if kind == "grouped" else 1
+    layers = [nn.Conv2d(12, 6, 3, groups=groups), nn.Conv2d(12, 4, 1, groups=groups)]
+    mixed = torch.randn(12 // groups, 12 // groups, generator=generator)
+    grams = [gram_matrix(torch.randn(groups, 40, 12 // groups, generator=generator) @ mixed) for _ in layers]
+    units = torch.arange(12 // groups).reshape(-1, 2)  # two inputs of each
+    order = greedy_order(layers, grams, [units, units], [1, 1])
+    assert sorted(order.tolist()) == list(range(len(units)))
+
+    def error(chosen):
+        rows = units[chosen].reshape(-1, 1)
+        return sum(output_errors(layer, gram, rows)[-1].item() for layer, gram in zip(layers, grams))
+
+    def singly(chosen, unit):
+        """The error of a unit is that of each of its inputs by itself: what two of them share counts twice."""
+        before = error(chosen) if len(chosen) else 0
+        each = [
+            output_errors(layer, gram, torch.cat([units[chosen].flatten(), channel[None]])[:, None])[-1].item()
+            for layer, gram in zip(layers, grams)
+            for channel in units[unit]
+        ]
+        return sum(each) - 2 * before
+
+    chosen = []
+    for unit in order.tolist():
+        left = [other for other in range(len(units)) if other not in chosen]
+        assert unit == min(left, key=lambda other: singly(torch.tensor(chosen, dtype=torch.long), other))
+        chosen.append(unit)

@@ -109,6 +109,6 @@ def test_it_is_swept(project, printed):
     path = project / "checkpoints" / "TS1_Sweep_SmallNetwork_Digits" / "reports" / "TS1_Sweep_SmallNetwork_Digits.json"
     record = read_record(path)
     names = [point["criterion"] for point in record["points"]]
-    assert names == ["Neuron Coverage", "WANDA", "L1 norm", "L2 magnitude", "random choice"]
+    assert names == ["Neuron Coverage", "WANDA", "L1 norm", "OBS", "L2 magnitude", "random choice"]
     assert {network["criterion"] for network in record["chosen"]} == {"WANDA", "L1 norm"}
     assert "L1 norm" in pdf_text(path.with_suffix(".pdf").read_bytes())
