@@ -1,7 +1,8 @@
-"""The networks of scripts 2 and 3 beside two controls, trained with the epochs, images and settings of these scripts.
+"""The networks of scripts 2 and 3 beside three controls, trained with the epochs, images and settings of these scripts.
 
-The network of script 1 without pruning shows what the further epochs bring. Networks with the pruned widths and random
-weights show what the kept weights are worth. An interrupted run resumes with the same command.
+The network of script 1 without pruning shows what the further epochs bring, one with randomly chosen channels what the
+choice of the methods brings. Networks with the pruned widths and random weights show what the kept weights are worth.
+Writes to the folder of the scripts' results. An interrupted run resumes with the same command.
 
     python benchmarks/controls.py                     # after scripts 1 to 3
     python benchmarks/controls.py --dataset Digits    # after scripts 1 to 3 with Digits
@@ -12,27 +13,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
-from cleanai.data.images import ImageSettings
+from cleanai.data.images import Images, ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.measure.results import Split
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
 from cleanai.network.training import TrainSettings, train
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.repair import most_images
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.wording import method_title
 from cleanai.runtime.checkpoints import read_record
-from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import file_digest
-from cleanai.runtime.scenario import PROJECT, Scenario
+from cleanai.runtime.scenario import Scenario
 
-FOLDER = PROJECT / "results" / "controls"
 METHODS = ("Coverage", "Wanda")
+AT_RANDOM = "Pruned at random"
 SETTINGS = {"dataset": "CIFAR10", "precision": "auto"}
 TRAIN_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
+PRUNE_SETTINGS = ("ratio", "macs_ratio", "steps", "round_to", "repair", "batch_size")  # of PruneSettings
 
 
 def main() -> None:
@@ -41,7 +47,7 @@ def main() -> None:
     scenarios = {method: preparation.of(method) for method in METHODS}
     records = {method: finished(scenario) for method, scenario in scenarios.items()}
     configs = [record["config"] for record in records.values()]
-    same = (*TRAIN_SETTINGS, "train_samples", "calibration_batches", "calibrate_on")
+    same = (*TRAIN_SETTINGS, *PRUNE_SETTINGS, "train_samples", "calibration_batches", "calibrate_on", "repair_batches")
     if any(configs[0].get(name) != configs[1].get(name) for name in same):
         raise UserError("Scripts 2 and 3 were run with different settings: run both with the same, --fresh")
     config = configs[0]
@@ -51,9 +57,10 @@ def main() -> None:
     read_as = ImageSettings.of(next(iter(records.values()))["prepared_with"])
     images = load_images(args.dataset, args.data_dir, read_as)
     images = images.with_train_samples(config["train_samples"], settings.seed).to(compute.device)
-    heldout = Split.of(images, config).heldout
+    split = Split.of(images, config)
 
-    path = FOLDER / f"{preparation.name}.csv"
+    path = preparation.of("Controls").table
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"epochs": settings.epochs, "train_images": len(images.train), "lr": settings.lr, "seed": settings.seed}
     facts = {name: str(value) for name, value in facts.items()}
     facts.update({f"{method}_sha256": file_digest(scenario.final) for method, scenario in scenarios.items()})
@@ -73,13 +80,17 @@ def main() -> None:
         print(f"{network}, {trained}", flush=True)
         train(compute.place(control), images, compute, settings)
         correct = evaluate(control, images.test, compute).correct.double()
-        add(network, trained, 100 * correct.mean().item(), 100 * correct[heldout].mean().item())
+        add(network, trained, 100 * correct.mean().item(), 100 * correct[split.heldout].mean().item())
 
     if not rows:
         add_measured("Not pruned", "as script 1 left it", records["Coverage"]["models"]["original"])
         for method, record in records.items():
             add_measured(f"Pruned by {method_title(method)}", "trained on", record["models"]["fine_tuned"])
     add_control("Not pruned", "trained on", load_network(scenarios["Coverage"].fine_tuned))
+    if not any(row["network"] == AT_RANDOM for row in rows):
+        torch.manual_seed(settings.seed)
+        network = load_network(scenarios["Coverage"].fine_tuned)
+        add_control(AT_RANDOM, "trained on", pruned_at_random(compute.place(network), images, split, config, compute))
     for method, scenario in scenarios.items():
         torch.manual_seed(settings.seed)
         control = load_network(scenario.pruned)
@@ -88,6 +99,19 @@ def main() -> None:
                 module.reset_parameters()
         add_control(f"Pruned by {method_title(method)}", "its widths alone, from random weights", control)
     print(f"\n{table(rows)}\n\n{path}")
+
+
+def pruned_at_random(
+    network: nn.Module, images: Images, split: Split, config: dict[str, Any], compute: Compute
+) -> nn.Module:
+    """Prune a network in place as the scripts did with this `config`, but for the choice of channels; return it."""
+    most = most_images(network, next(images.train.batches(1))[0])
+    repair = images.repair_sample(min(most, config["repair_batches"] * config["batch_size"]), config["seed"])
+    settings = PruneSettings(**{name: config[name] for name in PRUNE_SETTINGS})
+    prune_to_budget(
+        network, tp.importance.RandomImportance(), PruneImages(split.calibration, repair), compute, settings
+    )
+    return network
 
 
 def finished(scenario: Scenario) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import network_from
 from cleanai.pruning.criteria import OBS, NeuronCoverageImportance, WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.charts import Panel, curves_chart, svg_bytes
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import choose_compute

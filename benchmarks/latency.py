@@ -21,7 +21,8 @@ from cleanai.measure.latency import time_networks
 from cleanai.measure.provenance import describe_environment
 from cleanai.network.models import network_from
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.checkpoints import load_checkpoint, write_record
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.scenario import PROJECT, Scenario

@@ -27,8 +27,9 @@ from cleanai.network.models import build
 from cleanai.network.training import TrainSettings, fine_tune
 from cleanai.network.weights import start_from
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.charts import Panel, curves_chart, svg_bytes
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import write_bytes

@@ -33,8 +33,9 @@ from cleanai.network.models import build
 from cleanai.network.training import distil
 from cleanai.network.weights import start_from
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.scenario import PROJECT
 

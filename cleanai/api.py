@@ -14,8 +14,10 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
-from cleanai.pruning.pruner import PruneImages, PruneSettings, find_layers, prune_to_budget
+from cleanai.pruning.layers import find_layers
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.search import FURTHEST, Limits, prune_to_limits
 from cleanai.sweep import Sweep, measure_network, sweep_criteria

@@ -13,13 +13,10 @@ from cleanai import UserError
 from cleanai.measure.latency import compare_speed
 from cleanai.network.evaluation import evaluate
 from cleanai.network.trial import copied
-from cleanai.pruning.pruner import (
-    BudgetMissed,
-    PruneImages,
-    PruneSettings,
-    compare_widths,
-    prune_to_budget,
-)
+from cleanai.pruning.layers import compare_widths
+from cleanai.pruning.planning import BudgetMissed
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import say

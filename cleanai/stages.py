@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cleanai.data.images import Images
     from cleanai.measure.results import Split
     from cleanai.network.evaluation import Evaluation
-    from cleanai.pruning.pruner import PruneImages, PruneSettings
+    from cleanai.pruning.settings import PruneImages, PruneSettings
     from cleanai.runtime.compute import Compute
 
 
@@ -145,7 +145,7 @@ class Run:
         from cleanai.measure.results import Split
         from cleanai.network.models import network_from
         from cleanai.network.trial import try_network
-        from cleanai.pruning.pruner import find_layers
+        from cleanai.pruning.layers import find_layers
 
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
@@ -184,14 +184,14 @@ class Run:
     @property
     def prune_images(self) -> PruneImages:
         """The images for pruning."""
-        from cleanai.pruning.pruner import PruneImages
+        from cleanai.pruning.settings import PruneImages
 
         return PruneImages(self.split.calibration, self.images.repair_sample(self.repair_images, self.args.seed))
 
     @property
     def prune_settings(self) -> PruneSettings:
         """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
-        from cleanai.pruning.pruner import PruneSettings
+        from cleanai.pruning.settings import PruneSettings
         from cleanai.search import FURTHEST
 
         args = self.args

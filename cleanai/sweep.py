@@ -15,7 +15,9 @@ from cleanai.data.images import ImageSet
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.evaluation import evaluate
 from cleanai.pruning.criteria import CRITERIA, OBS
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.planning import BudgetMissed
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.progress import progress_bar, say

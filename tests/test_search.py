@@ -10,7 +10,8 @@ from cleanai import UserError, prune
 from cleanai.network.evaluation import evaluate
 from cleanai.network.training import TrainSettings, fine_tune
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, layer_widths
+from cleanai.pruning.layers import layer_widths
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.scenario import Scenario
 from cleanai.search import Limits, prune_to_limits
 from tests.helpers import parameter_count

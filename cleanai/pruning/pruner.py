@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import time
-from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet
-from cleanai.network.activations import CONSUMERS, record_statistics
+from cleanai.network.activations import record_statistics
 from cleanai.network.trial import copied
 from cleanai.pruning.criteria import OBS, ActivationImportance
 from cleanai.pruning.groups import Group, find_groups, sound_groups
-from cleanai.pruning.least_squares import gram_matrix, output_errors
+from cleanai.pruning.layers import compare_widths, find_layers, layer_widths
+from cleanai.pruning.least_squares import gram_matrix
+from cleanai.pruning.losses import group_losses, losses_of_cuts, sensitivity_of
+from cleanai.pruning.planning import Plan
 from cleanai.pruning.refit import OriginalOutputs, original_outputs, refit
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.pruning.tracing import prepared, refused, require_plain, require_working, unwrapped
 from cleanai.pruning.widths import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
 from cleanai.runtime import distributed
@@ -31,77 +31,6 @@ from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
 
 STEP_IMAGES = 1024  # of those for the repair, in each step
-SENSITIVITY = tuple(tenth / 10 for tenth in range(1, 10))  # shares of a group's channels
-NEAR = 0.02  # the largest distance from a requested share, and at most a tenth of the share that is to remain
-
-
-def find_layers(network: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """The convolutions and linear layers whose names match a pattern, as names of files do.
-
-    UserError for a pattern that matches none.
-    """
-    names = list(layer_widths(network))
-    found: set[str] = set()
-    for pattern in patterns:
-        matching = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-        if not matching:
-            some = ", ".join(names if len(names) <= 8 else [*names[:6], "...", names[-1]])
-            raise UserError(f"No layer matches {pattern!r}, which is to be kept; the layers are {some}")
-        found |= matching
-    return found
-
-
-class BudgetMissed(UserError):
-    """Shares that cannot be removed from a network.
-
-    `nearest` are the nearest found, `possible` what can be met, as text; `shares` the nearest of both costs that can be
-    met, tried, or None.
-    """
-
-    def __init__(
-        self, requested: str, nearest: str, possible: Sequence[str], shares: Sequence[float | None] | None
-    ) -> None:
-        advice = f"These can be met: {'; '.join(possible)}" if possible else "Try other shares"
-        super().__init__(f"{requested} cannot be met in this network: the nearest is {nearest}. {advice}")
-        self.nearest, self.shares = nearest, shares
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """How a network is pruned.
-
-    `ratio` and `macs_ratio` are the shares of the parameters and of the multiply-accumulates to remove; None leaves one
-    of them free. `steps` is a number of equal steps, or the cumulative fractions after each step, ending in 1. Widths
-    stay multiples of the first number in `round_to` that can meet the budget: tensor cores and AVX-512 are slow on odd
-    widths. `repair` is "full", "bn" (batch norm only, in batches of `batch_size`) or "none". With `nearest`, shares
-    that cannot be met exactly become the nearest that can, unless one of these differs by more than `NEAR` says.
-    `keep_layers` are patterns of names (`find_layers`): these layers, and those that share channels with them, lose no
-    output channel.
-    """
-
-    ratio: float | None
-    macs_ratio: float | None
-    steps: int | Sequence[float] = 5
-    round_to: Sequence[int] = (32, 16, 8, 4, 2, 1)
-    repair: str = "full"
-    batch_size: int = 128
-    nearest: bool = False
-    keep_layers: Sequence[str] = ()
-
-    @property
-    def fractions(self) -> Sequence[float]:
-        """The cumulative fractions after each step."""
-        if isinstance(self.steps, int):
-            return [step / self.steps for step in range(1, self.steps + 1)]
-        return self.steps
-
-
-@dataclass(frozen=True)
-class PruneImages:
-    """The images for pruning, no label of which is used: `calibration` to score channels, `repair` for the repair."""
-
-    calibration: ImageSet
-    repair: ImageSet
 
 
 def prune_to_budget(
@@ -116,12 +45,12 @@ def prune_to_budget(
 
     In each step `importance` orders the channels within each group, scored again on the calibration images. The number
     of channels that each group loses is chosen over the whole network so that both budgets are met and the consumers'
-    outputs lose least (see `_losses`): first for the whole way, then for the part of this step. Then the repair runs,
-    and the channels are cut. The network's outputs keep their width.
+    outputs lose least (see `group_losses`): first for the whole way, then for the part of this step. Then the repair
+    runs, and the channels are cut. The network's outputs keep their width.
 
     Returns a report, and a copy of the network without the same channels, not repaired. The report has `steps` (shares
     requested and removed after each step, in percent, and its seconds), `layers` (widths before and after), and
-    `sensitivity` (of each group before the first step, see `_Pruning.sensitivity_of`). `after_step` is called with the
+    `sensitivity` (of each group before the first step, see `sensitivity_of`). `after_step` is called with the
     number of each step, the network as if this step were the last (one of its own, which may be kept), and that copy,
     and must not change them; a true answer ends the pruning. Both keep the mode, precision, device and frozen
     parameters of the network; weights that two layers share are not pruned. In DataParallel the network inside is
@@ -160,21 +89,6 @@ def prune_to_budget(
     return {"steps": steps, "layers": layers, "sensitivity": pruning.sensitivity}, pruning.unrepaired
 
 
-def layer_widths(network: nn.Module) -> dict[str, int]:
-    """The number of output channels of every convolution and linear layer, by name."""
-    return {
-        name: layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        for name, layer in network.named_modules()
-        if isinstance(layer, CONSUMERS)
-    }
-
-
-def compare_widths(before: dict[str, int], network: nn.Module) -> list[dict[str, Any]]:
-    """The `layer_widths` before, and those of a network now: per layer its `name` and both."""
-    widths = layer_widths(network)
-    return [{"name": name, "channels_before": width, "channels_after": widths[name]} for name, width in before.items()]
-
-
 class _Pruning:
     """The state of `prune_to_budget` between its steps."""
 
@@ -188,7 +102,6 @@ class _Pruning:
     ) -> None:
         self.network, self.importance, self.images = network, importance, images
         self.compute, self.settings = compute, settings
-        self.shares: Sequence[float | None] = (settings.ratio, settings.macs_ratio)  # to remove, of both costs
         self.original: nn.Module
         self.targets: OriginalOutputs | None = None  # of the original network, for the end of the repair
         self.unrepaired: nn.Module
@@ -207,13 +120,8 @@ class _Pruning:
         for group in groups:
             if any(names[layer] in kept for layer in group.producers):
                 self.least[group.name] = group.channels
-        self.goal = Budget.removing(self.before, *self.shares)
-        self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
-        if self.goal.missed(costs(planned), self.before) > 0:
-            self.shares = self._nearest_shares(groups, costs, planned)
-            self.goal = Budget.removing(self.before, *self.shares)
-            self.multiple, planned = self._plan(groups, costs, self.goal, settings.round_to)
-        self.remaining = _by_name(groups, planned)  # channels that each group still loses, by the last plan
+        self.plan = Plan(groups, costs, self.least, settings)
+        self.remaining = _by_name(groups, self.plan.removed)  # channels that each group still loses, by the last plan
         self.step_images = images.repair.select(torch.arange(min(STEP_IMAGES, len(images.repair))))
         self.kept = {name: torch.arange(width) for name, width in layer_widths(network).items()}  # original outputs
         # The rows of the last repair, which a step starts from.
@@ -222,7 +130,7 @@ class _Pruning:
 
     def requested(self, fraction: float) -> list[float | None]:
         """The shares of both costs to remove after this fraction of the way."""
-        return [None if share is None else share * fraction for share in self.shares]
+        return [None if share is None else share * fraction for share in self.plan.shares]
 
     def prepare(self) -> None:
         """Recalibrate batch norm before the first step: its statistics may come from other images."""
@@ -238,8 +146,8 @@ class _Pruning:
         targets = self._record(groups, title)
         grams = {layer: gram_matrix(rows) for layer, rows in targets.inputs.items()}
         orders = [self._order(group, grams) for group in groups]
-        losses = [_losses(group, order, grams) for group, order in zip(groups, orders)]
-        self.sensitivity = self.sensitivity or self.sensitivity_of(groups, losses)
+        losses = [group_losses(group, order, grams) for group, order in zip(groups, orders)]
+        self.sensitivity = self.sensitivity or sensitivity_of(self.network, groups, losses)
         removed = self._choose(groups, costs, losses, fraction)
         units = {
             group.name: order[: int(count) * group.units // group.channels].tolist()
@@ -264,30 +172,6 @@ class _Pruning:
                 refit(network, self.targets, self.kept, images, compute, "Refitting to the original network")
             distributed.agree_on(network)
             self.compute.synchronize()
-
-    def sensitivity_of(self, groups: list[Group], losses: list[torch.Tensor]) -> list[dict[str, Any]]:
-        """Per group the `layers` that produce its channels, the `readers`, the `channels`, and `lost_percent`.
-
-        That is the share of the readers' outputs that is lost, at each share of the channels in `SENSITIVITY`.
-        """
-        names = {layer: name for name, layer in self.network.named_modules()}
-        order = {name: number for number, name in enumerate(names.values())}
-
-        def named(layers: Iterable[nn.Module]) -> list[str]:
-            return sorted((names[layer] for layer in layers if isinstance(layer, CONSUMERS)), key=order.__getitem__)
-
-        entries = []
-        for group, loss in zip(groups, losses):
-            lost = [1 - math.exp(-loss[round(share * group.units)].item()) for share in SENSITIVITY]
-            entries.append(
-                {
-                    "layers": named(group.producers),
-                    "readers": named(group.consumers),
-                    "channels": group.channels,
-                    "lost_percent": [round(100 * share, 3) for share in lost],
-                }
-            )
-        return sorted(entries, key=lambda entry: order[entry["layers"][0]])
 
     def _record(self, groups: list[Group], title: str) -> Targets:
         """Score statistics for the importance, and the rows before this step."""
@@ -314,13 +198,13 @@ class _Pruning:
 
         The whole way is planned again in every step, and no step goes beyond the plan, so that the goal stays in reach.
         """
-        cuts = [allowed_cuts(group, self.least[group.name], self.multiple) for group in groups]
+        cuts = [allowed_cuts(group, self.least[group.name], self.plan.multiple) for group in groups]
         known = torch.tensor([self.remaining[group.name] for group in groups])
-        removed = planned = choose_cuts(costs, cuts, _losses_of_cuts(losses, cuts, groups), self.goal, known)
+        removed = planned = choose_cuts(costs, cuts, losses_of_cuts(losses, cuts, groups), self.plan.goal, known)
         if fraction < 1:
             cuts = [cut[: cut.index(int(most)) + 1] for cut, most in zip(cuts, planned)]
             budget = Budget.removing(self.before, *self.requested(fraction))
-            removed = choose_cuts(costs, cuts, _losses_of_cuts(losses, cuts, groups), budget)
+            removed = choose_cuts(costs, cuts, losses_of_cuts(losses, cuts, groups), budget)
         self.remaining = _by_name(groups, planned - removed)
         return removed
 
@@ -372,84 +256,6 @@ class _Pruning:
                 "images for the repair, or repair none",
             ) from error
 
-    def _plan(
-        self, groups: list[Group], costs: Costs, goal: Budget, round_to: Sequence[int]
-    ) -> tuple[int, torch.Tensor]:
-        """The first multiple in `round_to` that can meet the goal, or comes nearest to it, and cuts (G,) that do so."""
-        plans = []
-        for multiple in round_to:
-            cuts = [allowed_cuts(group, self.least[group.name], multiple) for group in groups]
-            planned = choose_cuts(costs, cuts, [torch.zeros(len(cut)) for cut in cuts], goal)
-            plans.append((goal.missed(costs(planned), costs.now).item(), multiple, planned))
-            if plans[-1][0] == 0:
-                break
-        return min(plans, key=lambda plan: plan[0])[1:]
-
-    def _nearest_shares(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> Sequence[float | None]:
-        """The nearest shares that can be met, where the `planned` cuts do not meet the goal.
-
-        Raises BudgetMissed when the settings do not allow them, or there are none near the requested ones.
-        """
-        missed = self._missed(groups, costs, planned)
-        if not self.settings.nearest or not _are_near(self.shares, missed.shares):
-            raise missed
-        say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
-        return missed.shares
-
-    def _missed(self, groups: list[Group], costs: Costs, planned: torch.Tensor) -> BudgetMissed:
-        """The error for cuts that do not meet the goal, with settings that were tried and do."""
-        asked = self.shares
-
-        def nearest(shares: Sequence[float | None], round_to: Sequence[int]) -> tuple[bool, list[float]]:
-            goal = Budget.removing(self.before, *shares)
-            cost = costs(self._plan(groups, costs, goal, round_to)[1])
-            return goal.missed(cost, self.before).item() == 0, (1 - cost / self.before).tolist()
-
-        removed = (1 - costs(planned) / self.before).tolist()
-        parameters, macs = (100 * share for share in removed)
-        possible, near = [], None
-        for _ in range(5):  # the search is no exhaustive one: it may not find again what it found for another goal
-            # Fewer MACs than requested are not allowed to be removed: round down.
-            shares = [None if share is None else near for share, near in zip(asked, _rounded(removed))]
-            if 0 in shares:
-                break
-            met, removed = nearest(shares, self.settings.round_to)
-            if met:
-                possible.append(_shares_text(shares))
-                near = shares
-                break
-        if None not in asked:
-            possible += [
-                _shares_text(shares)
-                for shares in ([asked[0], None], [None, asked[1]])
-                if nearest(shares, self.settings.round_to)[0]
-            ]
-        if 1 not in self.settings.round_to and nearest(asked, [1])[0]:
-            possible.append("the same with round_to 1")
-        return BudgetMissed(
-            _shares_text(asked),
-            f"{parameters:.2f}% of the parameters and {macs:.2f}% of the multiply-accumulates",
-            possible,
-            near,
-        )
-
-
-def _are_near(asked: Sequence[float | None], found: Sequence[float | None] | None) -> bool:
-    """Whether shares that were found differ from those asked for by less than `NEAR` says."""
-    pairs = [] if found is None else [(share, near) for share, near in zip(asked, found) if share is not None]
-    return bool(pairs) and all(abs(near - share) < min(NEAR, (1 - share) / 10) for share, near in pairs)
-
-
-def _rounded(removed: Sequence[float]) -> list[float]:
-    """Shares of both costs with four digits that a budget allows for these: that of the MACs is rounded down."""
-    return [round(removed[0], 4), math.floor(removed[1] * 10_000) / 10_000]
-
-
-def _shares_text(shares: Sequence[float | None]) -> str:
-    return " and ".join(
-        f"{name} {'none' if share is None else f'{share:g}'}" for name, share in zip(("ratio", "macs_ratio"), shares)
-    )
-
 
 def _spreads(groups: list[Group]) -> dict[nn.Module, int]:
     return {layer: spread for group in groups for layer, spread in group.spreads.items()}
@@ -466,27 +272,6 @@ def _removed_inputs(groups: list[Group], units: dict[str, list[int]]) -> dict[nn
         for layer in group.consumers:
             removed.setdefault(layer, []).append(group.inputs(layer)[units[group.name]].flatten())
     return {layer: torch.cat(inputs) for layer, inputs in removed.items()}
-
-
-def _losses(group: Group, order: torch.Tensor, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
-    """The network's loss without the first 0, 1, ... all of a group's units in `order`: (units + 1,).
-
-    A consumer keeps a share 1 - e of its outputs' power, e being the squared error after reconstruction
-    (`output_errors`). Such shares multiply along the network, so the loss is -log(1 - e), summed over the consumers:
-    a layer that is nearly wiped out costs far more than several that lose a little. docs/method.md compares this rule
-    with others.
-    """
-    kept = [
-        1 - output_errors(layer, grams[layer], group.inputs(layer)[order], group.spreads[layer])
-        for layer in group.consumers
-    ]
-    losses = -torch.stack(kept).clamp_min(1e-9).log().sum(0)
-    return torch.cat([losses.new_zeros(1), losses])
-
-
-def _losses_of_cuts(losses: list[torch.Tensor], cuts: list[list[int]], groups: list[Group]) -> list[torch.Tensor]:
-    """Of the losses per unit, those of each allowed cut."""
-    return [loss[torch.tensor(cut) * group.units // group.channels] for loss, cut, group in zip(losses, cuts, groups)]
 
 
 def _report(title: str, requested: list[float | None], removed: list[float], seconds: float) -> dict[str, Any]:

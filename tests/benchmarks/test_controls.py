@@ -12,7 +12,8 @@ from cleanai.measure.provenance import checkpoint_facts
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import save_network
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import SCRIPTS
@@ -27,6 +28,12 @@ CONFIG = {
     "seed": 0,
     "precision": "float32",
     "calibration_batches": 2,
+    "ratio": 0.2,
+    "macs_ratio": 0.2,
+    "steps": 1,
+    "round_to": [8],
+    "repair": "full",
+    "repair_batches": 2,
 }
 
 
@@ -54,9 +61,8 @@ def finished(trained_network, digits, compute, tmp_path_factory):
 
 @pytest.fixture
 def scenarios(finished, tmp_path, monkeypatch):
-    """Scripts 2 and 3 in a copy of that folder; the benchmark writes beside it."""
+    """Scripts 2 and 3 in a copy of that folder."""
     shutil.copytree(finished, tmp_path / "checkpoints")
-    monkeypatch.setattr(controls, "FOLDER", tmp_path / "results")
     options = ["--dataset", "Digits", "--checkpoints-dir", str(tmp_path / "checkpoints")]
     monkeypatch.setattr(sys, "argv", ["controls.py", *options])
     preparation = Scenario("TS1", "ResNet18", "Digits", tmp_path / "checkpoints")
@@ -65,7 +71,7 @@ def scenarios(finished, tmp_path, monkeypatch):
 
 def test_controls_are_trained_like_the_networks_of_the_scripts_and_only_once(scenarios, capsys, tmp_path):
     controls.main()
-    (path,) = (tmp_path / "results").glob("*.csv")
+    (path,) = (tmp_path / "checkpoints" / "TS1_Controls_ResNet18_Digits" / "reports").glob("*.csv")
     rows = controls.known_rows(path, {}, fresh=False)
     lines = [(row["network"], row["trained"]) for row in rows]
     assert lines == [
@@ -73,14 +79,16 @@ def test_controls_are_trained_like_the_networks_of_the_scripts_and_only_once(sce
         ("Pruned by Neuron Coverage", "trained on"),
         ("Pruned by WANDA", "trained on"),
         ("Not pruned", "trained on"),
+        ("Pruned at random", "trained on"),
         ("Pruned by Neuron Coverage", "its widths alone, from random weights"),
         ("Pruned by WANDA", "its widths alone, from random weights"),
     ]
     record = read_record(scenarios[1].record)
     assert rows[2]["accuracy_percent"] == f"{record['models']['fine_tuned']['accuracy_percent']:.2f}"
     assert {(row["epochs"], row["train_images"]) for row in rows} == {("1", "512")}
-    before, _, _, trained_on, *from_scratch = (float(row["accuracy_percent"]) for row in rows)
+    before, _, _, trained_on, at_random, *from_scratch = (float(row["accuracy_percent"]) for row in rows)
     assert trained_on > before + 5, "a second epoch continues the first"
+    assert at_random > before, "channels were cut without a repair"
     assert max(from_scratch) < trained_on - 5, "random weights have only one epoch"
     assert "AFTER 1 FURTHER EPOCH OF 512 IMAGES" in capsys.readouterr().out
 
@@ -91,7 +99,8 @@ def test_controls_are_trained_like_the_networks_of_the_scripts_and_only_once(sce
 
 
 def test_controls_of_other_networks_and_missing_records_are_refused(scenarios, tmp_path):
-    path = tmp_path / "results" / "TS1_ResNet18_Digits.csv"
+    path = scenarios[0].of("Controls").table
+    path.parent.mkdir(parents=True)
     controls.write_rows(path, [{"network": "Not pruned", "epochs": "30"}])
     with pytest.raises(UserError, match="was measured with another network or other images: start over with --fresh"):
         controls.main()

@@ -20,8 +20,9 @@ from cleanai.network.models import resnet18_for_small_images
 from cleanai.network.training import TrainSettings, fine_tune, train
 from cleanai.network.training_step import TrainingStep
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.scenario import Scenario
 from cleanai.sweep import Sweep

@@ -14,7 +14,8 @@ from cleanai.measure import coverage
 from cleanai.measure.coverage import measure_coverage, record_profiles
 from cleanai.network.activations import not_finite
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import choose_compute
 from tests.helpers import random_images
 

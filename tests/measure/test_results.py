@@ -18,7 +18,8 @@ from cleanai.measure.results import COVERAGE_IMAGES, Split, compare_classes, mea
 from cleanai.measure.significance import unpack
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 
 CLASSES = ["ant", "bee", "cat"]
 

@@ -20,7 +20,8 @@ from cleanai.runtime import distributed
 from cleanai.runtime.compute import choose_compute
 from cleanai.pruning.criteria import WandaImportance
 from tests.small_network import SmallNetwork
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.scenario import Scenario
 from cleanai.data.sources import load_images
 from cleanai.network.training_step import TrainingStep

@@ -12,7 +12,9 @@ from torch.nn.utils import parametrizations
 
 from cleanai import UserError
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.planning import BudgetMissed
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.pruning.tracing import tensors_in
 from tests.helpers import parameter_count, random_images
 

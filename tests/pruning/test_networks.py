@@ -9,7 +9,8 @@ from torch import nn
 
 from cleanai.network.models import give_shapes
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from tests.helpers import parameter_count, random_images, torch_macs
 
 # One of each kind in every run: residual, depthwise with squeeze-and-excitation, concatenating, grouped.

@@ -12,9 +12,12 @@ from cleanai.measure.provenance import checkpoint_facts
 from cleanai.network.activations import record_statistics
 from cleanai.network.models import load_network, save_network
 from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
-from cleanai.pruning.pruner import BudgetMissed, PruneImages, PruneSettings, layer_widths, prune_to_budget
+from cleanai.pruning.layers import layer_widths
+from cleanai.pruning.planning import BudgetMissed
+from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.rows import record_rows
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import parameter_count, random_images, torch_macs
 from tests.small_network import SmallNetwork

@@ -12,7 +12,7 @@ from reportlab.pdfbase.pdfmetrics import stringWidth
 from cleanai import UserError
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.training import TrainSettings, train
-from cleanai.pruning.pruner import PruneImages
+from cleanai.pruning.settings import PruneImages
 from cleanai.report.sweep_pdf import pdf_sweep, sweep_chart
 from cleanai.report.sweep_text import chosen_networks, explanation, sweep_answer, sweep_csv, sweep_text
 from cleanai.report.wording import origin_lines

@@ -7,7 +7,8 @@ import torch
 from cleanai import UserError
 from cleanai.network.models import load_network, save_network
 from cleanai.pruning.criteria import WandaImportance
-from cleanai.pruning.pruner import PruneImages, PruneSettings, prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.checkpoints import (
     find_checkpoint,
     find_record,

@@ -290,6 +290,19 @@ def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(sma
     assert _scenario(tmp_path, "Coverage", model=SMALL_MODEL).report.exists()
 
 
+def test_the_repair_may_end_with_a_distillation(small_run, tmp_path):
+    folder, scripts = small_run
+    shutil.copytree(folder / "TS1", tmp_path / "TS1")
+    result = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "0", "--repair", "distil")
+    assert result.returncode == 0, result.stderr
+    old, new = _record(folder, "Wanda", model=SMALL_MODEL), _record(tmp_path, "Wanda", model=SMALL_MODEL)
+    before, after = old["pruning"], new["pruning"]
+    assert after["accuracy_reconstructed_percent"] == before["accuracy_reconstructed_percent"]
+    assert after["accuracy_distilled_percent"] == new["models"]["pruned"]["accuracy_percent"]
+    assert after["accuracy_distilled_percent"] != after["accuracy_reconstructed_percent"]
+    assert f"{after['accuracy_distilled_percent']:.2f}% distilled" in result.stdout
+
+
 def test_a_lost_report_is_made_again_from_the_record_and_half_written_ones_are_removed(small_run, tmp_path):
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
