@@ -198,8 +198,7 @@ class Run:
         ratio, macs_ratio = (
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
         )
-        repair = "full" if args.repair == "distil" else args.repair  # distilled once, after all steps
-        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
         return replace(settings, keep_layers=args.keep_layers or ())
 
     def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:

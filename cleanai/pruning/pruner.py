@@ -134,7 +134,7 @@ class _Pruning:
 
     def prepare(self) -> None:
         """Recalibrate batch norm before the first step: its statistics may come from other images."""
-        if self.settings.repair == "full":
+        if self.settings.reconstructs:
             spreads = _spreads(self._groups(self.network)[1])
             title = "Recalibrating batch norm"
             self.rows = reconstruct_in_order(self.network, Targets(), spreads, self.step_images, self.compute, title)
@@ -155,7 +155,7 @@ class _Pruning:
         }
         # Rounding must not lead processes to different networks.
         self.remaining, units = distributed.agreed((self.remaining, units))
-        if self.settings.repair == "full":
+        if self.settings.reconstructs:
             targets.removed = _removed_inputs(groups, units)
             self.rows = reconstruct_in_order(
                 self.network, targets, _spreads(groups), self.step_images, self.compute, f"{title}, reconstructing"
@@ -165,7 +165,7 @@ class _Pruning:
 
     def finish(self, network: nn.Module) -> None:
         """The last part of the repair, of the network after its last step."""
-        if self.settings.repair == "full":
+        if self.settings.reconstructs:
             with prepared(network), prepared(self.original):
                 images, compute = self.images.repair, self.compute
                 self.targets = self.targets or original_outputs(self.original, images, compute)
