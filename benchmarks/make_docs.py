@@ -19,11 +19,13 @@ import controls
 import criteria
 import latency
 import recipe
+import repair
 import training_speed
 from rows import read_rows
 
 from cleanai import cli
 from cleanai.report.comparison_text import comparison_text
+from cleanai.report.notes import path_end
 from cleanai.report.run_text import comparison_table, preparation_table
 from cleanai.report.sweep_text import sweep_text
 from cleanai.report.wording import Record, method_title, origin_lines, prepared_with
@@ -127,6 +129,16 @@ def results_page() -> str:
         "What further training alone brings, and what the kept weights are worth (`python benchmarks/controls.py`).",
         _block(controls.table(read_rows(of_controls))),
     ]
+    sections += goals()
+    of_repair = RESULTS / "repair" / "CIFAR10.csv"
+    if of_repair.exists():
+        sections += [
+            "## The repair",
+            "Two finished networks were pruned for up to three sets of images: mean points of accuracy lost on 5,000 "
+            "held-out test images, without fine-tuning, and the standard deviation (`python benchmarks/repair.py`). "
+            "Of ResNet-18 the shares are of parameters and FLOPs, of ResNet-56 of the FLOPs alone.",
+            _block(repair.table(read_rows(of_repair))),
+        ]
     sections += [
         "## Weight decay",
         "Accuracy on training images that were kept aside, before and after pruning by WANDA, without fine-tuning "
@@ -155,6 +167,37 @@ def results_page() -> str:
             _block(benchmarks[name].table(record)),
         ]
     return "\n\n".join(sections) + "\n"
+
+
+def goals() -> list[str]:
+    """The sections on the runs that pruned to a limit."""
+    titles = {"accept-drop": "Until accuracy falls", "speedup": "Until it is fast enough"}
+    sections = []
+    for folder, title in titles.items():
+        for path in sorted((RESULTS / "cpu" / folder).glob("TS1_*_ResNet18_CIFAR10.json")):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            sections += [
+                f"## {title}: {method_title(record['method'])}",
+                f"{'. '.join(origin_lines(record))}. {path_end(record)}",
+                _block(_path_table(record["pruning"]["path"])),
+                _block(comparison_table(record)),
+                "```bash\n" + "\n".join(record["commands"]) + "\n```",
+                f"Report: [{path.stem}](../results/cpu/{folder}/{path.stem}.pdf)",
+            ]
+    return sections
+
+
+def _path_table(path: list[Record]) -> str:
+    fast = "speedup" in path[-1]
+    lines = ["Parameters (%)    FLOPs (%)    Accuracy on the calibration images (%)" + fast * "    Speed-up"]
+    for entry in path:
+        lines.append(
+            f"{-entry['parameters_removed_percent']:>14.1f}{-entry['macs_removed_percent']:>13.1f}"
+            f"{entry['accuracy_calibration_percent']:>42.2f}"
+            + (f"{entry.get('speedup', 1):>11.2f}x" if fast else "")
+            + ("" if entry["taken"] else "    not taken")
+        )
+    return "\n".join(lines)
 
 
 def options_page() -> str:
