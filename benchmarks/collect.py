@@ -1,4 +1,4 @@
-"""Copy the records, PDFs and CSVs of finished scripts to a folder of `results/`, without pictures of the dataset.
+"""Copy the records, PDFs and CSVs of finished scripts to a folder of `results/`, without pictures and paths.
 
 python benchmarks/collect.py checkpoints cpu-short
 """
@@ -6,6 +6,7 @@ python benchmarks/collect.py checkpoints cpu-short
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cleanai.report.run_pdf import pdf_report
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT
+
+_PATHS = r' --(checkpoints|data|models)-dir ("[^"]*"|\S+)'
 
 
 def main() -> None:
@@ -25,7 +28,10 @@ def main() -> None:
 
 
 def collect(checkpoints_dir: Path, folder: Path) -> None:
-    """Copy what the scripts in `checkpoints_dir` reported to `folder`. Reports with pictures are made again without."""
+    """Copy what the scripts in `checkpoints_dir` reported to `folder`.
+
+    Pictures of the dataset and the machine's paths in commands are left out, of the reports as well.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted([*checkpoints_dir.glob("TS*/*.json"), *checkpoints_dir.glob("TS*/reports/TS*.*")]):
         target = folder / path.name
@@ -34,8 +40,9 @@ def collect(checkpoints_dir: Path, folder: Path) -> None:
             print(target)
     for path in folder.glob("*.json"):
         record = read_record(path)
-        if record and record.get("newly_wrong"):
+        if record and "newly_wrong" in record:
             record["newly_wrong"] = []
+            record["commands"] = [re.sub(_PATHS, "", command) for command in record["commands"]]
             write_record(path, record)
             write_bytes(path.with_suffix(".pdf"), pdf_report(record))
 
