@@ -121,7 +121,7 @@ def test_a_sweep_runs_on_the_card(precision, digits, monkeypatch):
         points = Sweep(
             placed(compute), [0.3], used, images.test, compute, fine_tune=lambda x: train(x, images, compute, EPOCH)
         ).run()
-        assert [point["criterion"] for point in points] == ["L2 magnitude", "random choice"]
+        assert [point["criterion"] for point in points] == ["OBS", "L2 magnitude", "random choice"]
 
 
 @on_each_card

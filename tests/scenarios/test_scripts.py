@@ -293,7 +293,7 @@ def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(sma
 def test_the_repair_may_end_with_a_distillation(small_run, tmp_path):
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
-    result = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "0", "--repair", "distil")
+    result = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "1", "--repair", "distil")
     assert result.returncode == 0, result.stderr
     old, new = _record(folder, "Wanda", model=SMALL_MODEL), _record(tmp_path, "Wanda", model=SMALL_MODEL)
     before, after = old["pruning"], new["pruning"]
