@@ -1,4 +1,4 @@
-"""Copy the records, PDFs and CSVs of finished scripts to a folder of `results/`, without pictures and paths.
+"""Copy the records, PDFs and CSVs of TS1 on CIFAR-10 to a folder of `results/`, and draw the sweep.
 
 python benchmarks/collect.py checkpoints cpu-short
 """
@@ -11,12 +11,15 @@ import shutil
 from pathlib import Path
 
 from cleanai.exit import run_script
+from cleanai.report.charts import svg_bytes
 from cleanai.report.run_pdf import pdf_report
+from cleanai.report.sweep_pdf import sweep_chart
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT
 
-_PATHS = r' --(checkpoints|data|models)-dir ("[^"]*"|\S+)'
+NAME = "ResNet18_CIFAR10"
+_PATH = r' --checkpoints-dir ("[^"]*"|\S+)'
 
 
 def main() -> None:
@@ -30,21 +33,26 @@ def main() -> None:
 def collect(checkpoints_dir: Path, folder: Path) -> None:
     """Copy what the scripts in `checkpoints_dir` reported to `folder`.
 
-    Pictures of the dataset and the machine's paths in commands are left out, of the reports as well.
+    Pictures of the dataset and the machine's path in commands are left out, of the reports as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted([*checkpoints_dir.glob("TS*/*.json"), *checkpoints_dir.glob("TS*/reports/TS*.*")]):
+    for path in sorted(checkpoints_dir.glob(f"TS1*/**/TS1*_{NAME}.*")):
         target = folder / path.name
-        if path.suffix in (".json", ".pdf", ".csv"):
-            shutil.copyfile(path, target)
-            print(target)
-    for path in folder.glob("*.json"):
-        record = read_record(path)
+        if path.suffix not in (".json", ".pdf", ".csv"):
+            continue
+        shutil.copyfile(path, target)
+        print(target)
+        record = read_record(target) if path.suffix == ".json" else None
         if record and "newly_wrong" in record:
             record["newly_wrong"] = []
-            record["commands"] = [re.sub(_PATHS, "", command) for command in record["commands"]]
-            write_record(path, record)
+            record["commands"] = [re.sub(_PATH, "", command) for command in record["commands"]]
+            write_record(target, record)
+    for path in folder.glob(f"TS1_*_{NAME}.json"):
+        record = read_record(path)
+        if record and "newly_wrong" in record:
             write_bytes(path.with_suffix(".pdf"), pdf_report(record))
+        elif record and "points" in record:
+            write_bytes(path.with_suffix(".svg"), svg_bytes(sweep_chart(record)))
 
 
 if __name__ == "__main__":

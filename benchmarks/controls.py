@@ -39,6 +39,7 @@ AT_RANDOM = "Pruned at random"
 SETTINGS = {"dataset": "CIFAR10", "precision": "auto"}
 TRAIN_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
 PRUNE_SETTINGS = ("ratio", "macs_ratio", "steps", "round_to", "repair", "batch_size")  # of PruneSettings
+SAME = (*TRAIN_SETTINGS, *PRUNE_SETTINGS, "train_samples", "calibration_batches", "calibrate_on", "distil")
 
 
 def main() -> None:
@@ -47,10 +48,11 @@ def main() -> None:
     scenarios = {method: preparation.of(method) for method in METHODS}
     records = {method: finished(scenario) for method, scenario in scenarios.items()}
     configs = [record["config"] for record in records.values()]
-    same = (*TRAIN_SETTINGS, *PRUNE_SETTINGS, "train_samples", "calibration_batches", "calibrate_on", "repair_batches")
-    if any(configs[0].get(name) != configs[1].get(name) for name in same):
+    if any(configs[0].get(name) != configs[1].get(name) for name in SAME):
         raise UserError("Scripts 2 and 3 were run with different settings: run both with the same, --fresh")
     config = configs[0]
+    if config["ratio"] == "auto" or config["repair"] == "distil" or config.get("distil"):
+        raise UserError("The controls are for runs with a --ratio, without distillation")
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)
@@ -107,10 +109,10 @@ def pruned_at_random(
     """Prune a network in place as the scripts did with this `config`, but for the choice of channels; return it."""
     most = most_images(network, next(images.train.batches(1))[0])
     repair = images.repair_sample(min(most, config["repair_batches"] * config["batch_size"]), config["seed"])
-    settings = PruneSettings(**{name: config[name] for name in PRUNE_SETTINGS})
-    prune_to_budget(
-        network, tp.importance.RandomImportance(), PruneImages(split.calibration, repair), compute, settings
-    )
+    kept = config.get("keep_layers") or ()
+    settings = PruneSettings(**{name: config[name] for name in PRUNE_SETTINGS}, keep_layers=kept)
+    chosen, used = tp.importance.RandomImportance(), PruneImages(split.calibration, repair)
+    prune_to_budget(network, chosen, used, compute, settings)
     return network
 
 

@@ -30,6 +30,7 @@ from cleanai.report.run_text import comparison_table, preparation_table
 from cleanai.report.sweep_text import sweep_text
 from cleanai.report.wording import Record, method_title, origin_lines, prepared_with
 from cleanai.runtime.files import write_bytes
+from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
 RESULTS = PROJECT / "results"
@@ -174,7 +175,7 @@ def goals() -> list[str]:
     titles = {"accept-drop": "Until accuracy falls", "speedup": "Until it is fast enough"}
     sections = []
     for folder, title in titles.items():
-        for path in sorted((RESULTS / "cpu" / folder).glob("TS1_*_ResNet18_CIFAR10.json")):
+        for path in (RESULTS / "cpu" / folder / f"TS1_{method}_{NAME}.json" for method in METHODS):
             record = json.loads(path.read_text(encoding="utf-8"))
             sections += [
                 f"## {title}: {method_title(record['method'])}",

@@ -24,7 +24,7 @@ from resnet56 import ResNet56
 from rows import known_rows, write_rows
 from torch import nn
 
-from cleanai import cli
+from cleanai import UserError, cli
 from cleanai.data.images import Images
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
@@ -37,6 +37,7 @@ from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import PROJECT
 
 PATH = PROJECT / "results" / "repair" / "CIFAR10.csv"
@@ -52,7 +53,6 @@ STAGES = {
     "distilled": "Distilled",
 }
 SETTINGS = {
-    "dataset": "CIFAR10",
     "weights": "none",
     "repair_batches": 24,
     "precision": "auto",
@@ -76,18 +76,22 @@ def main() -> None:
     args = cli.parse(__doc__, SETTINGS)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    all_images = load_images(args.dataset, args.data_dir).to(compute.device)
+    all_images = load_images("CIFAR10", args.data_dir).to(compute.device)
     own = PROJECT / "results" / "base" / "resnet18-cifar10.pth"
     subjects = {"ResNet-18": Subject(lambda: build("ResNet18", 10), own, (0.2, 0.5, 0.7), True, [8])}
+    if args.weights == "imagenet":
+        raise UserError("--weights is the file of a trained ResNet-56")
     if args.weights != "none":
         subjects["ResNet-56"] = Subject(lambda: ResNet56(10), Path(args.weights), (0.5, 0.7), False, [1], MEAN, STD)
     facts = {"repair_images": str(args.repair_batches * BATCH_SIZE), "calibration_images": str(CALIBRATION_IMAGES)}
+    facts["precision"] = args.precision
     rows = known_rows(PATH, facts, args.fresh)
     for seed in range(SEEDS):
         for name, subject in subjects.items():
             images = all_images.normalised_by(subject.mean, subject.std)
             for criterion in CRITERIA:
                 run = {"network": name, "criterion": criterion, "seed": str(seed)}
+                run["weights_sha256"] = file_digest(subject.weights)
                 if any(run.items() <= row.items() for row in rows):
                     continue
                 print(f"{name}, {criterion}, seed {seed}")

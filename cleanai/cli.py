@@ -347,7 +347,7 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):
         parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} are not rising")
-    if "weights" in settings and args.epochs == 0 and not isinstance(args.weights, Path):
+    if {"weights", "epochs"} <= settings.keys() and args.epochs == 0 and not isinstance(args.weights, Path):
         parser.error("argument --epochs: 0 takes a trained network as it is: name its file with --weights")
     processes = distributed.processes()
     if "batch_size" in settings and args.batch_size % processes:

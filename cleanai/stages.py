@@ -144,6 +144,7 @@ class Run:
         """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
         from cleanai.measure.results import Split
         from cleanai.network.models import network_from
+        from cleanai.network.training import require_even_shares
         from cleanai.network.trial import try_network
         from cleanai.pruning.layers import find_layers
 
@@ -151,6 +152,8 @@ class Run:
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
         find_layers(original, args.config.get("keep_layers") or ())
+        if args.epochs:
+            require_even_shares(self.images, args.batch_size)
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
         self.split = Split.of(self.images, args.config)
@@ -198,7 +201,8 @@ class Run:
         ratio, macs_ratio = (
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
         )
-        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, args.repair, args.batch_size)
+        repair = "full" if args.repair == "distil" else args.repair  # `_distil` follows after all steps
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
         return replace(settings, keep_layers=args.keep_layers or ())
 
     def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:

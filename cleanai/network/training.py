@@ -52,6 +52,10 @@ class TrainSettings:
         return settings
 
 
+class NotFinite(UserError):
+    """The loss of a training is not finite."""
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """The learning rate at `step` of `steps`: a linear rise to `peak`, then a linear fall to zero."""
     rise = max(1, round(WARM_UP * steps))
@@ -81,7 +85,7 @@ def fine_tune(
         remove_file(scenario.resume)  # left when a run was killed between the last two lines of this function
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"], Evaluation.stored_in(finished)
-    _require_even_shares(images, settings.batch_size)
+    require_even_shares(images, settings.batch_size)
 
     step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
     history = _resume(network, step, scenario, facts["config"])
@@ -114,7 +118,7 @@ def fine_tune(
 
 def train(network: nn.Module, images: Images, compute: Compute, settings: TrainSettings, title: str = "Epoch") -> None:
     """The training of `fine_tune` in place, without evaluation and without files."""
-    _require_even_shares(images, settings.batch_size)
+    require_even_shares(images, settings.batch_size)
     step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
     for epoch in range(1, settings.epochs + 1):
         _train_epoch(network, step, images, compute, epoch, settings, title)
@@ -125,12 +129,18 @@ def distil(
 ) -> None:
     """Train a pruned network in place, without labels, to give the outputs of the original one.
 
-    The last part of the repair: `DISTIL_STEPS` steps, on other images in each where there are so many training images.
+    The last part of the repair: `DISTIL_STEPS` batches, rounded to whole epochs of as many training images as that
+    takes. Raises UserError when it diverges.
     """
-    images = images.with_train_samples(min(len(images.train), DISTIL_STEPS * batch_size), seed)
-    epochs = math.ceil(DISTIL_STEPS / max(1, len(images.train) // batch_size))
+    count = len(images.train)
+    epochs = math.ceil(DISTIL_STEPS / max(1, count // batch_size))
+    needed = math.ceil(DISTIL_STEPS / epochs) * batch_size
+    images = images.with_train_samples(needed, seed) if needed < count else images
     settings = TrainSettings(epochs, batch_size, DISTIL_RATE, seed=seed, teacher=Teacher(original, 1.0))
-    train(network, images, compute, settings, "Distilling, epoch")
+    try:
+        train(network, images, compute, settings, "Distilling, epoch")
+    except NotFinite as error:
+        raise UserError("The loss of the distillation is not finite: use --repair full") from error
 
 
 def _resume(
@@ -149,7 +159,8 @@ def _resume(
     return interrupted["history"]
 
 
-def _require_even_shares(images: Images, batch_size: int) -> None:
+def require_even_shares(images: Images, batch_size: int) -> None:
+    """UserError when several processes cannot share a batch."""
     share = min(batch_size, len(images.train))
     if share % distributed.processes():
         raise UserError(f"A batch of {share} images cannot be shared evenly by {distributed.processes()} processes")
@@ -210,7 +221,7 @@ def _train_epoch(
     losses, accuracies = distributed.sum_over_processes(results).div_(distributed.processes()).cpu()
     if not losses.isfinite().all():
         first = int(losses.isfinite().int().argmin())
-        raise UserError(
+        raise NotFinite(
             f"The loss is not finite in epoch {epoch}, step {first + 1} of {steps}, at a learning rate of "
             f"{rates[first]:.2g}: use a lower --lr than {settings.lr}, and --fresh"
         )

@@ -148,21 +148,22 @@ def greedy_order(
     outputs and kernel positions. Both are updated after each (Hassibi et al. 1993; ZipLM, arXiv 2302.04089).
     """
     states = []
-    for layer, gram, spread in zip(layers, grams, spreads):
+    for layer, gram, units, spread in zip(layers, grams, inputs, spreads):
         weight, gram = kernels(layer, spread).cpu(), gram.cpu()
         mixing = torch.einsum("goik,gojk->gij", weight, weight)  # A: (g, C, C)
-        power = (mixing * gram).sum().clamp_min(torch.finfo(torch.float64).tiny)
-        states.append((mixing / power, torch.cholesky_inverse(_factor(gram))))
-    gone = torch.zeros(len(inputs[0]), dtype=torch.bool)
-    order = torch.empty(len(gone), dtype=torch.long)
+        power = (mixing * gram).sum()
+        if power > 0:
+            states.append((mixing / power, torch.cholesky_inverse(_factor(gram)), units))
+    removed = torch.zeros(len(inputs[0]), dtype=torch.bool)
+    order = torch.empty(len(removed), dtype=torch.long)
     for number in range(len(order)):
-        errors = torch.zeros(len(gone), dtype=torch.float64)
-        for (mixing, inverse), units in zip(states, inputs):
+        errors = torch.zeros(len(removed), dtype=torch.float64)
+        for mixing, inverse, units in states:
             each = mixing.diagonal(dim1=-2, dim2=-1) / inverse.diagonal(dim1=-2, dim2=-1)
             errors += each.sum(0)[units].sum(1)
-        order[number] = errors.masked_fill(gone, torch.inf).argmin()
-        gone[order[number]] = True
-        for (mixing, inverse), units in zip(states, inputs):
+        order[number] = errors.masked_fill(removed, torch.inf).argmin()
+        removed[order[number]] = True
+        for mixing, inverse, units in states:
             for j in units[order[number]].tolist():
                 own, column = inverse[:, j, j, None, None], inverse[:, :, j, None]  # (g, 1, 1), (g, C, 1)
                 change = column / own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Sequence
 
 import torch
@@ -29,25 +30,40 @@ class BudgetMissed(UserError):
         self.nearest, self.shares = nearest, shares
 
 
+@dataclass(frozen=True)
 class Plan:
     """The shares of both costs that are to be removed, and how.
 
     `shares` are the requested ones, or the nearest that can be met where the settings allow these; `goal` the budget
     for them. `multiple` is the first number in `round_to` that can meet it, and `removed` (G,) the channels that the
-    groups lose then. `least` is the number of channels that each group keeps, by name. Raises BudgetMissed.
+    groups lose then.
     """
+
+    shares: Sequence[float | None]
+    goal: Budget
+    multiple: int
+    removed: torch.Tensor
+
+
+def make_plan(groups: list[Group], costs: Costs, least: dict[str, int], settings: PruneSettings) -> Plan:
+    """Plan the whole way. `least` is the number of channels that each group keeps, by name. Raises BudgetMissed."""
+    planner = _Planner(groups, costs, least, settings)
+    plan = planner.plan((settings.ratio, settings.macs_ratio))
+    if plan.goal.missed(costs(plan.removed), costs.now) == 0:
+        return plan
+    return planner.plan(planner.nearest_shares(plan))
+
+
+class _Planner:
+    """Tries budgets on a network's groups."""
 
     def __init__(self, groups: list[Group], costs: Costs, least: dict[str, int], settings: PruneSettings) -> None:
         self._groups, self._costs, self._least, self._settings = groups, costs, least, settings
-        self.shares: Sequence[float | None] = (settings.ratio, settings.macs_ratio)
-        self._make()
-        if self.goal.missed(costs(self.removed), costs.now) > 0:
-            self.shares = self._nearest_shares()
-            self._make()
 
-    def _make(self) -> None:
-        self.goal = Budget.removing(self._costs.now, *self.shares)
-        self.multiple, self.removed = self._cuts(self.goal, self._settings.round_to)
+    def plan(self, shares: Sequence[float | None]) -> Plan:
+        """The plan for these shares, which may miss them."""
+        goal = Budget.removing(self._costs.now, *shares)
+        return Plan(shares, goal, *self._cuts(goal, self._settings.round_to))
 
     def _cuts(self, goal: Budget, round_to: Sequence[int]) -> tuple[int, torch.Tensor]:
         """The first multiple in `round_to` that can meet the goal, or comes nearest to it, and cuts (G,) that do so."""
@@ -60,27 +76,27 @@ class Plan:
                 break
         return min(plans, key=lambda plan: plan[0])[1:]
 
-    def _nearest_shares(self) -> Sequence[float | None]:
-        """The nearest shares that can be met, where the present cuts do not meet the goal.
+    def nearest_shares(self, plan: Plan) -> Sequence[float | None]:
+        """The nearest shares that can be met, where a plan misses its goal.
 
         Raises BudgetMissed when the settings do not allow them, or there are none near the requested ones.
         """
-        missed = self._missed()
-        if not self._settings.nearest or not _are_near(self.shares, missed.shares):
+        missed = self._missed(plan)
+        if not self._settings.nearest or not _are_near(plan.shares, missed.shares):
             raise missed
         say(f"Not exactly possible in this network; the nearest: {missed.nearest}")
         return missed.shares
 
-    def _missed(self) -> BudgetMissed:
-        """The error for cuts that do not meet the goal, with settings that were tried and do."""
-        asked, costs = self.shares, self._costs
+    def _missed(self, plan: Plan) -> BudgetMissed:
+        """The error for a plan that misses its goal, with shares that were tried and can be met."""
+        asked, costs = plan.shares, self._costs
 
         def nearest(shares: Sequence[float | None], round_to: Sequence[int]) -> tuple[bool, list[float]]:
             goal = Budget.removing(costs.now, *shares)
             cost = costs(self._cuts(goal, round_to)[1])
             return goal.missed(cost, costs.now).item() == 0, (1 - cost / costs.now).tolist()
 
-        removed = (1 - costs(self.removed) / costs.now).tolist()
+        removed = (1 - costs(plan.removed) / costs.now).tolist()
         parameters, macs = (100 * share for share in removed)
         possible, near = [], None
         for _ in range(5):  # the search is no exhaustive one: it may not find again what it found for another goal

@@ -17,7 +17,7 @@ from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.layers import compare_widths, find_layers, layer_widths
 from cleanai.pruning.least_squares import gram_matrix
 from cleanai.pruning.losses import group_losses, losses_of_cuts, sensitivity_of
-from cleanai.pruning.planning import Plan
+from cleanai.pruning.planning import make_plan
 from cleanai.pruning.refit import OriginalOutputs, original_outputs, refit
 from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
@@ -80,7 +80,7 @@ def prune_to_budget(
             with torch.inference_mode(False):
                 finished = copied(network)
         if after_step is not None or step == len(settings.fractions):
-            pruning.finish(finished)
+            pruning.finish(finished, last=step == len(settings.fractions))
         if after_step is not None and after_step(step, finished, pruning.unrepaired):
             network.load_state_dict(finished.state_dict())
             break
@@ -120,7 +120,7 @@ class _Pruning:
         for group in groups:
             if any(names[layer] in kept for layer in group.producers):
                 self.least[group.name] = group.channels
-        self.plan = Plan(groups, costs, self.least, settings)
+        self.plan = make_plan(groups, costs, self.least, settings)
         self.remaining = _by_name(groups, self.plan.removed)  # channels that each group still loses, by the last plan
         self.step_images = images.repair.select(torch.arange(min(STEP_IMAGES, len(images.repair))))
         self.kept = {name: torch.arange(width) for name, width in layer_widths(network).items()}  # original outputs
@@ -134,7 +134,7 @@ class _Pruning:
 
     def prepare(self) -> None:
         """Recalibrate batch norm before the first step: its statistics may come from other images."""
-        if self.settings.reconstructs:
+        if self.settings.repair == "full":
             spreads = _spreads(self._groups(self.network)[1])
             title = "Recalibrating batch norm"
             self.rows = reconstruct_in_order(self.network, Targets(), spreads, self.step_images, self.compute, title)
@@ -155,7 +155,7 @@ class _Pruning:
         }
         # Rounding must not lead processes to different networks.
         self.remaining, units = distributed.agreed((self.remaining, units))
-        if self.settings.reconstructs:
+        if self.settings.repair == "full":
             targets.removed = _removed_inputs(groups, units)
             self.rows = reconstruct_in_order(
                 self.network, targets, _spreads(groups), self.step_images, self.compute, f"{title}, reconstructing"
@@ -163,13 +163,14 @@ class _Pruning:
         self._cut(graph, groups, units, title)
         return (1 - Costs(self.network, [], self.example).now / self.before).tolist()
 
-    def finish(self, network: nn.Module) -> None:
-        """The last part of the repair, of the network after its last step."""
-        if self.settings.reconstructs:
+    def finish(self, network: nn.Module, last: bool) -> None:
+        """The last part of the repair, of a network as if its present step were the last, which it may be."""
+        if self.settings.repair == "full":
             with prepared(network), prepared(self.original):
                 images, compute = self.images.repair, self.compute
-                self.targets = self.targets or original_outputs(self.original, images, compute)
-                refit(network, self.targets, self.kept, images, compute, "Refitting to the original network")
+                targets = self.targets or original_outputs(self.original, images, compute)
+                self.targets = None if last else targets.copied()
+                refit(network, targets, self.kept, images, compute, "Refitting to the original network")
             distributed.agree_on(network)
             self.compute.synchronize()
 

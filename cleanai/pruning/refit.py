@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Iterator
 
 import torch
@@ -34,8 +34,8 @@ def original_outputs(network: nn.Module, images: ImageSet, compute: Compute) -> 
 
     Batch norm is recalibrated on them.
     """
-    original = OriginalOutputs(network, len(images))
-    with original.recording(), new_averages(network), torch.no_grad(), compute.autocast():
+    original = OriginalOutputs(len(images))
+    with original.recording(network), new_averages(network), torch.no_grad(), compute.autocast():
         network(next(images.batches(len(images)))[0])
     return original
 
@@ -54,7 +54,7 @@ def refit(
     `original_outputs` pass the network in one batch, on which batch norm is recalibrated. A layer's weights are
     refitted together with the scale and the shift of the batch norm behind it. Layers that run more than once, those
     of a kind that `input_windows` does not know, and those with the same inputs as in the original network stay as they
-    are.
+    are. `original` is emptied as it is used.
     """
     pruned = _Pruned(network, original, kept, title)
     with pruned.refitting(), new_averages(network), torch.no_grad(), compute.autocast():
@@ -114,7 +114,6 @@ class OriginalOutputs:
     number of an addition the layer that is fitted to the sum. `sums`: rows of this sum, by that layer.
     """
 
-    network: nn.Module
     images: int
     inputs: dict[str, tuple[torch.Size, float]] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -122,10 +121,14 @@ class OriginalOutputs:
     ends: dict[int, str] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def copied(self) -> OriginalOutputs:
+        """The same, for one more refit."""
+        return replace(self, outputs=dict(self.outputs), sums=dict(self.sums))
+
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """A context in which the network runs once."""
-        self._modules = dict(self.network.named_modules())
+    def recording(self, network: nn.Module) -> Iterator[None]:
+        """A context in which `network` runs once."""
+        self._modules = dict(network.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
         self._origins, self._runs = _Origins(), Counter[nn.Module]()
         hooks = []
@@ -142,6 +145,7 @@ class OriginalOutputs:
                 del self.outputs[name]
         self.ends = {number: name for number, name in self.ends.items() if name in self.outputs}
         self.sums = {name: self.sums[name] for name in self.ends.values()}
+        del self._modules, self._names, self._origins, self._runs
 
     def _after_layer(self, layer: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self._runs[layer] += 1
@@ -207,7 +211,7 @@ class _Pruned:
         if name in self._targets.sums:
             self._inputs[name] = args[0]
         else:
-            self._fit(name, args[0], self._kept_of(name, self._targets.outputs[name]))
+            self._fit(name, args[0], self._kept_of(name, self._targets.outputs.pop(name)))
 
     def _after_branch(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if not self._repeated:
@@ -218,7 +222,7 @@ class _Pruned:
         if name is None or self._repeated:
             return
         branch, other = (first, second) if self._origins.get(first) == name else (second, first)
-        values, total = self._inputs.pop(name), self._kept_of(name, self._targets.sums[name])
+        values, total = self._inputs.pop(name), self._kept_of(name, self._targets.sums.pop(name))
         self._fit(name, values, total - output_rows(self._layers[name], other, len(values)).float())
         self._repeated = True
         torch.clear_autocast_cache()  # or the layer would run with the former weights, cast before

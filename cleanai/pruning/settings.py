@@ -17,10 +17,10 @@ class PruneSettings:
     `ratio` and `macs_ratio` are the shares of the parameters and of the multiply-accumulates to remove; None leaves one
     of them free. `steps` is a number of equal steps, or the cumulative fractions after each step, ending in 1. Widths
     stay multiples of the first number in `round_to` that can meet the budget: tensor cores and AVX-512 are slow on odd
-    widths. `repair` is "full", "distil" (the same here; `distil` follows after all steps), "bn" (batch norm only, in
-    batches of `batch_size`) or "none". With `nearest`, shares that cannot be met exactly become the nearest that can,
-    unless one of these differs by more than `NEAR` says. `keep_layers` are patterns of names (`find_layers`): these
-    layers, and those that share channels with them, lose no output channel.
+    widths. `repair` is "full", "bn" (batch norm only, in batches of `batch_size`) or "none". With `nearest`, shares
+    that cannot be met exactly become the nearest that can, unless one of these differs by more than `NEAR` says.
+    `keep_layers` are patterns of names (`find_layers`): these layers, and those that share channels with them, lose no
+    output channel.
     """
 
     ratio: float | None
@@ -31,11 +31,6 @@ class PruneSettings:
     batch_size: int = 128
     nearest: bool = False
     keep_layers: Sequence[str] = ()
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether layers are reconstructed."""
-        return self.repair in ("full", "distil")
 
     @property
     def fractions(self) -> Sequence[float]:

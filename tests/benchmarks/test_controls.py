@@ -9,6 +9,7 @@ import pytest
 
 from cleanai import UserError
 from cleanai.measure.provenance import checkpoint_facts
+from cleanai.measure.results import Split
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import save_network
 from cleanai.pruning.criteria import WandaImportance
@@ -16,7 +17,7 @@ from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.scenario import Scenario
-from tests.helpers import SCRIPTS
+from tests.helpers import SCRIPTS, parameter_count
 
 pytestmark = pytest.mark.long
 CONFIG = {
@@ -88,7 +89,7 @@ def test_controls_are_trained_like_the_networks_of_the_scripts_and_only_once(sce
     assert {(row["epochs"], row["train_images"]) for row in rows} == {("1", "512")}
     before, _, _, trained_on, at_random, *from_scratch = (float(row["accuracy_percent"]) for row in rows)
     assert trained_on > before + 5, "a second epoch continues the first"
-    assert at_random > before, "channels were cut without a repair"
+    assert at_random > before
     assert max(from_scratch) < trained_on - 5, "random weights have only one epoch"
     assert "AFTER 1 FURTHER EPOCH OF 512 IMAGES" in capsys.readouterr().out
 
@@ -96,6 +97,15 @@ def test_controls_are_trained_like_the_networks_of_the_scripts_and_only_once(sce
     controls.main()
     assert controls.known_rows(path, {}, fresh=False) == rows
     assert capsys.readouterr().out.count(", its widths alone, from random weights\n") == 1
+
+
+def test_the_random_control_has_the_budget_and_the_repair_of_the_scripts(trained_network, digits, compute):
+    network, split = copy.deepcopy(trained_network), Split.of(digits, CONFIG)
+    pruned = controls.pruned_at_random(network, digits, split, {**CONFIG, "keep_layers": ["layer1.*"]}, compute)
+    assert parameter_count(pruned) / parameter_count(trained_network) == pytest.approx(0.8, abs=0.001)
+    assert pruned.layer1[0].conv1.out_channels == 64
+    accuracies = [evaluate(each, digits.test, compute).accuracy_percent for each in (trained_network, pruned)]
+    assert accuracies[1] > accuracies[0] - 5
 
 
 def test_controls_of_other_networks_and_missing_records_are_refused(scenarios, tmp_path):

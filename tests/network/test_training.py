@@ -108,8 +108,16 @@ def test_distilling_as_a_repair_approaches_the_original_without_labels(digits, c
     distilled = {name: copy.deepcopy(damaged) for name in ("labels", "wrong labels")}
     distil(distilled["labels"], original, digits, compute, 16, seed=0)
     distil(distilled["wrong labels"], original, mislabelled, compute, 16, seed=0)
-    print(distance(damaged), {n: distance(d) for n, d in distilled.items()})
     assert max(map(distance, distilled.values())) < distance(damaged) / 2
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(16, 300), (50, 308), (200, 301), (1024, 300)])
+def test_a_distillation_takes_its_batches_from_as_many_images_as_there_are(batch_size, steps, digits, monkeypatch):
+    trained = []
+    monkeypatch.setattr(training, "train", lambda *args: trained.append(args))
+    distil(None, None, digits, None, batch_size, seed=0)  # 1,437 images
+    ((_, images, _, settings, _),) = trained
+    assert settings.epochs * (len(images.train) // batch_size) == steps
 
 
 def test_weight_decay_is_that_of_adam(start, few, compute):
