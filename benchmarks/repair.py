@@ -41,7 +41,7 @@ from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import PROJECT
 
 PATH = PROJECT / "results" / "repair" / "CIFAR10.csv"
-SEEDS = 3
+SEEDS, STEPS = 3, 5
 BATCH_SIZE = 128
 CALIBRATION_IMAGES = 1024
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the ResNet-56 was trained on
@@ -116,24 +116,24 @@ def measured(network, subject, criterion, images: Images, repair, compute: Compu
     def accuracy(network: nn.Module) -> str:
         return f"{evaluate(network, test, compute).accuracy_percent:.2f}"
 
-    before, rows, original = accuracy(network), [], copy.deepcopy(network)
-
-    def measure(step: int, repaired: nn.Module, unrepaired: nn.Module) -> None:
-        row = {"removed_percent": f"{100 * subject.ratios[step - 1]:.0f}", "original_percent": before}
-        row["raw_percent"] = accuracy(unrepaired)
-        recalibrated, distilled = copy.deepcopy(unrepaired), copy.deepcopy(repaired)
-        recalibrate(recalibrated, repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
-        row["recalibrated_percent"], row["reconstructed_percent"] = accuracy(recalibrated), accuracy(repaired)
-        if criterion == "WANDA":
-            distil(distilled, original, images, compute, BATCH_SIZE, seed)
-        rows.append({**row, "distilled_percent": accuracy(distilled) if criterion == "WANDA" else ""})
-        print(rows[-1], flush=True)
-
-    highest = subject.ratios[-1]
-    steps = [ratio / highest for ratio in subject.ratios]
-    settings = PruneSettings(highest if subject.of_parameters else None, highest, steps, subject.round_to)
+    before, rows = accuracy(network), []
     calibration = pool.sample(CALIBRATION_IMAGES, seed)
-    prune_to_budget(network, CRITERIA[criterion](), PruneImages(calibration, repair), compute, settings, measure)
+    for ratio in subject.ratios:
+        repaired = copy.deepcopy(network)
+        settings = PruneSettings(ratio if subject.of_parameters else None, ratio, STEPS, subject.round_to)
+        _, unrepaired = prune_to_budget(
+            repaired, CRITERIA[criterion](), PruneImages(calibration, repair), compute, settings
+        )
+        row = {"removed_percent": f"{100 * ratio:.0f}", "original_percent": before}
+        row["raw_percent"] = accuracy(unrepaired)
+        recalibrate(unrepaired, repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
+        row["recalibrated_percent"], row["reconstructed_percent"] = accuracy(unrepaired), accuracy(repaired)
+        row["distilled_percent"] = ""
+        if criterion == "WANDA":
+            distil(repaired, network, images, compute, BATCH_SIZE, seed)
+            row["distilled_percent"] = accuracy(repaired)
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
