@@ -193,7 +193,7 @@ def _path_table(path: list[Record]) -> str:
     lines = ["Parameters (%)    FLOPs (%)    Accuracy on the calibration images (%)" + fast * "    Speed-up"]
     for entry in path:
         lines.append(
-            f"{-entry['parameters_removed_percent']:>14.1f}{-entry['macs_removed_percent']:>13.1f}"
+            f"{0.0 - entry['parameters_removed_percent']:>14.1f}{0.0 - entry['macs_removed_percent']:>13.1f}"
             f"{entry['accuracy_calibration_percent']:>42.2f}"
             + (f"{entry.get('speedup', 1):>11.2f}x" if fast else "")
             + ("" if entry["taken"] else "    not taken")
