@@ -3,6 +3,24 @@
 import torch
 from torch import nn
 
+from cleanai.network.models import resnet18_for_small_images
+
+
+def thin_resnet18(classes: int) -> nn.Module:
+    """The ResNet-18 for small images with a quarter of its channels."""
+    network = resnet18_for_small_images(classes)
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                inputs = layer.in_channels if layer.in_channels == 3 else layer.in_channels // 4
+                sides = (layer.kernel_size, layer.stride, layer.padding)
+                setattr(parent, name, nn.Conv2d(inputs, layer.out_channels // 4, *sides, bias=False))
+            elif isinstance(layer, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(layer.num_features // 4))
+            elif isinstance(layer, nn.Linear):
+                setattr(parent, name, nn.Linear(layer.in_features // 4, classes))
+    return network
+
 
 class SmallNetwork(nn.Module):
     """Two convolutions beside a shortcut, and a classifier."""

@@ -8,12 +8,12 @@ from torch import nn
 from cleanai import UserError
 from cleanai.network import training
 from cleanai.network.evaluation import Evaluation, evaluate
-from cleanai.network.models import load_network, resnet18_for_small_images
+from cleanai.network.models import load_network
 from cleanai.network.training import TrainSettings, distil, fine_tune, learning_rate, train
 from cleanai.network.training_step import Teacher, TrainingStep
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.scenario import Scenario
-from tests.small_network import SmallNetwork
+from tests.small_network import SmallNetwork, thin_resnet18
 
 FACTS = {
     "model": "ResNet18", "dataset": "Digits", "classes": list("0123456789"), "image_size": [16, 16],
@@ -31,7 +31,7 @@ def few(digits):
 @pytest.fixture
 def start():
     torch.manual_seed(0)
-    return resnet18_for_small_images(10)
+    return thin_resnet18(10)
 
 
 def _scenario(folder):
@@ -71,7 +71,7 @@ def test_training_without_files_is_the_same_training(start, few, compute, tmp_pa
 
 def test_distillation_compares_softened_outputs_and_leaves_the_teacher_alone(start, few, compute):
     torch.manual_seed(3)
-    teacher = resnet18_for_small_images(10)
+    teacher = thin_resnet18(10)
     before = copy.deepcopy(teacher.state_dict())
     chosen, unshifted = torch.arange(8), torch.tensor([[2, 2, 0]] * 8)
     inputs, labels = next(few.train.select(chosen).batches(8))
@@ -147,7 +147,7 @@ def test_with_0_epochs_a_network_is_only_measured_and_saved(start, few, compute,
 
 def test_training_learns_saves_every_fifth_epoch_and_reports_each(start, few, compute, tmp_path, capsys):
     scenario = _scenario(tmp_path)
-    history, result = fine_tune(start, few, compute, SETTINGS, scenario, FACTS)
+    history, result = fine_tune(start, few, compute, replace(SETTINGS, lr=0.01), scenario, FACTS)
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3, 4, 5, 6]
     assert set(history[0]) == {
         "epoch", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent", "learning_rate",
@@ -209,7 +209,7 @@ def test_a_finished_training_is_found_and_not_repeated(start, few, compute, tmp_
     facts = {**FACTS, "config": {"epochs": 1}}
     history, result = fine_tune(start, few, compute, settings, scenario, facts)
     written = scenario.final.stat().st_mtime_ns
-    again = resnet18_for_small_images(10)
+    again = thin_resnet18(10)
     scenario.resume.write_bytes(b"of a run that was killed before its last line")
     history_found, result_found = fine_tune(again, few, compute, settings, scenario, facts)
     assert history_found == history
