@@ -147,6 +147,13 @@ def test_after_each_step_both_networks_can_be_measured(pruned):
     assert repaired_second[0] == repaired_second[1] == parameter_count(pruned.network)
 
 
+def test_whether_networks_are_measured_after_steps_does_not_change_the_last_one(thin_network, digits, compute):
+    unmeasured = copy.deepcopy(thin_network)
+    _prune(unmeasured, digits, compute, round_to=[4])
+    _prune(thin_network, digits, compute, round_to=[4], after_step=lambda *_: None)
+    assert all(map(torch.equal, thin_network.state_dict().values(), unmeasured.state_dict().values()))
+
+
 def test_the_unrepaired_copy_holds_the_original_weights(pruned):
     cut = [layer["name"] for layer in pruned.report["layers"] if layer["channels_after"] < layer["channels_before"]]
     networks = (pruned.original, pruned.unrepaired, pruned.network)
