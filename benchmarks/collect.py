@@ -1,6 +1,6 @@
 """Copy the records, PDFs and CSVs of TS1 on CIFAR-10 to a folder of `results/`, and draw the sweep.
 
-python benchmarks/collect.py checkpoints cpu-short
+python benchmarks/collect.py checkpoints cpu/minus20
 """
 
 from __future__ import annotations

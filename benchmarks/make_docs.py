@@ -34,7 +34,7 @@ from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
 RESULTS = PROJECT / "results"
-SHOWN = "cpu-short"  # the folder of the run that README.md and the first section show
+SHOWN = "cpu/minus20"  # the folder of the run that README.md and the first section show
 NAME = "ResNet18_CIFAR10"
 BEGIN, END = "<!-- results: made by `make docs` -->", "<!-- end of results -->"
 
@@ -103,15 +103,12 @@ def results_page() -> str:
     runs = {method: load(f"TS1_{method}_{NAME}") for method in ("Coverage", "Wanda")}
     sweep = load(f"TS1_Sweep_{NAME}")
     machine = preparation["environment"]
-    (of_criteria,) = (RESULTS / "criteria").glob("*.csv")
-    of_controls = RESULTS / SHOWN / f"TS1_Controls_{NAME}.csv"
     sections = [
         "# Results",
         "This page is made from the records in `results/` by `make docs`. [How to read it](reading-results.md).",
         "## The scripts",
         f"{prepared_with(next(iter(runs.values()))).capitalize()}. {'. '.join(origin_lines(preparation))}.\n"
         f"Device: {machine['device']}, {machine['precision']}; PyTorch {machine['torch']}.",
-        _block(preparation_table(preparation)),
         *(_block(comparison_table(run)) for run in runs.values()),
         *("```bash\n" + "\n".join(run["commands"]) + "\n```" for run in runs.values()),
         f"Reports: {_links(f'TS1_Coverage_{NAME}.pdf', f'TS1_Wanda_{NAME}.pdf')}",
@@ -120,16 +117,25 @@ def results_page() -> str:
         f"Report: {_links(f'TS1_Comparison_{NAME}.pdf')}",
         "## Sweep over ratios",
         _block(sweep_text(sweep)),
-        f"Report with the chart: {_links(f'TS1_Sweep_{NAME}.pdf')}",
-        "## Criteria",
-        "Each criterion prunes the same network in seven steps of a tenth, without fine-tuning, for three sets of "
-        "calibration images: mean accuracy and standard deviation (`python benchmarks/criteria.py`).",
-        f"![Accuracy over the removed share, by criterion](../results/criteria/{of_criteria.stem}.svg)",
-        _block(criteria.table(read_rows(of_criteria))),
-        "## Controls",
-        "What further training alone brings, and what the kept weights are worth (`python benchmarks/controls.py`).",
-        _block(controls.table(read_rows(of_controls))),
+        f"![Accuracy over the removed share, by criterion](../results/{SHOWN}/TS1_Sweep_{NAME}.svg)",
+        f"Report: {_links(f'TS1_Sweep_{NAME}.pdf')}",
     ]
+    of_criteria, of_controls = RESULTS / "criteria" / f"TS1_{NAME}.csv", RESULTS / SHOWN / f"TS1_Controls_{NAME}.csv"
+    if of_criteria.exists():
+        sections += [
+            "## Criteria",
+            "Each criterion prunes the same network, without fine-tuning, for three sets of images: mean accuracy and "
+            "standard deviation (`python benchmarks/criteria.py`).",
+            f"![Accuracy over the removed share, by criterion](../results/criteria/{of_criteria.stem}.svg)",
+            _block(criteria.table(read_rows(of_criteria))),
+        ]
+    if of_controls.exists():
+        sections += [
+            "## Controls",
+            "What further training alone brings, what random choice, and what the kept weights are worth "
+            "(`python benchmarks/controls.py`).",
+            _block(controls.table(read_rows(of_controls))),
+        ]
     sections += goals()
     of_repair = RESULTS / "repair" / "CIFAR10.csv"
     if of_repair.exists():

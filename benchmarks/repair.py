@@ -3,8 +3,8 @@
 WANDA, and random choice beside it, prune two networks for three sets of images and seeds: ResNet-18 of `results/base`,
 by 20, 50 and 70% of the parameters and of the FLOPs, and, where --weights names its file, a ResNet-56 that others
 trained, by 50 and 70% of the FLOPs. Accuracy is measured as cut, with batch norm recalibrated, with layers
-reconstructed, and after WANDA also distilled, always on 5,000 test images that calibration does not use. An interrupted
-run resumes with the same command.
+reconstructed, and of ResNet-56 after WANDA also distilled, always on 5,000 test images that calibration does not use.
+An interrupted run resumes with the same command.
 
     python benchmarks/repair.py
     python benchmarks/repair.py --weights resnet56-cifar10.th    # github.com/akamaster/pytorch_resnet_cifar10
@@ -68,6 +68,7 @@ class Subject:
     ratios: Sequence[float]
     of_parameters: bool
     round_to: Sequence[int]
+    distilled: bool = False  # after WANDA; it takes minutes
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
@@ -82,14 +83,16 @@ def main() -> None:
     if args.weights == "imagenet":
         raise UserError("--weights is the file of a trained ResNet-56")
     if args.weights != "none":
-        subjects["ResNet-56"] = Subject(lambda: ResNet56(10), Path(args.weights), (0.5, 0.7), False, [1], MEAN, STD)
+        subjects["ResNet-56"] = Subject(
+            lambda: ResNet56(10), Path(args.weights), (0.5, 0.7), False, [1], True, MEAN, STD
+        )
     facts = {"repair_images": str(args.repair_batches * BATCH_SIZE), "calibration_images": str(CALIBRATION_IMAGES)}
     facts["precision"] = args.precision
     rows = known_rows(PATH, facts, args.fresh)
-    for seed in range(SEEDS):
+    for criterion in CRITERIA:
         for name, subject in subjects.items():
             images = all_images.normalised_by(subject.mean, subject.std)
-            for criterion in CRITERIA:
+            for seed in range(SEEDS):
                 run = {"network": name, "criterion": criterion, "seed": str(seed)}
                 run["weights_sha256"] = file_digest(subject.weights)
                 if any(run.items() <= row.items() for row in rows):
@@ -129,7 +132,7 @@ def measured(network, subject, criterion, images: Images, repair, compute: Compu
         recalibrate(unrepaired, repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
         row["recalibrated_percent"], row["reconstructed_percent"] = accuracy(unrepaired), accuracy(repaired)
         row["distilled_percent"] = ""
-        if criterion == "WANDA":
+        if subject.distilled and criterion == "WANDA":
             distil(repaired, network, images, compute, BATCH_SIZE, seed)
             row["distilled_percent"] = accuracy(repaired)
         rows.append(row)
