@@ -29,15 +29,28 @@ _ABREAST = 5  # criteria in a table
 COSTS = {"parameters": "Parameters", "macs": "FLOPs"}
 
 
-def chosen_networks(scenario: Scenario, fine_tuned_model: str) -> list[Record]:
-    """The networks that the pruning scripts made from the same fine-tuned model, where their records exist.
+# Settings on which a network and the held-out images depend, and what they were before they were settings.
+_SAME = {
+    "fine_tuned_model": None,
+    "calibration_batches": None,
+    "batch_size": None,
+    "calibrate_on": "test",
+    "seed": None,
+}
 
-    Each with `criterion`, `stage` ("pruned" or "fine_tuned"), `parameters`, `macs`, and its held-out accuracy.
+
+def chosen_networks(scenario: Scenario, config: Record) -> list[Record]:
+    """The networks of the pruning scripts that can be shown beside a sweep with this `config`, if there are such.
+
+    They were made from the same fine-tuned model, and their held-out accuracy is on the same test images. Each has
+    `criterion`, `stage` ("pruned" or "fine_tuned"), `parameters`, `macs`, and that accuracy.
     """
     chosen = []
     for method in METHODS:
         record = read_record(scenario.of(method).record)
-        if record and record["config"]["fine_tuned_model"] == fine_tuned_model:
+        if record and all(
+            record["config"].get(name, usual) == config.get(name, usual) for name, usual in _SAME.items()
+        ):
             for stage in ("pruned", "fine_tuned"):
                 model = record["models"][stage]
                 network = {"criterion": method_title(method), "stage": stage, **{cost: model[cost] for cost in COSTS}}

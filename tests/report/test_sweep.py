@@ -177,7 +177,9 @@ def chosen(tmp_path):
         record = run_record(method)
         record["config"]["fine_tuned_model"] = "abc" if method == "Wanda" else "another model"
         write_record(files.of(method).record, record)
-    return chosen_networks(files, "abc")
+        settings = record["config"]
+    assert not chosen_networks(files, {**settings, "fine_tuned_model": "abc", "calibration_batches": 1})
+    return chosen_networks(files, {**settings, "fine_tuned_model": "abc"})
 
 
 def test_calibration_on_training_images_is_named(record):
