@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.notes import notes
 from cleanai.report.run_pdf import pdf_report
-from cleanai.runtime.scenario import PROJECT
 from tests.helpers import EXPORT, INT8, auto_record, pdf_pages, pdf_text, run_record
+
+OLDER = Path(__file__).parent / "older"  # records of version 1.0.0
 
 SECTIONS = (
     "Summary",
@@ -108,7 +110,7 @@ def test_the_pages_show_layers_coverage_classes_latency_and_how_to_repeat_it():
 
 @pytest.mark.parametrize("method", ["Coverage", "Wanda"])
 def test_a_record_of_an_earlier_version_is_shown_without_what_it_lacks(method):
-    path = PROJECT / "results" / "cpu-short" / f"TS1_{method}_ResNet18_CIFAR10.json"
+    path = OLDER / f"TS1_{method}_ResNet18_CIFAR10.json"
     text = pdf_text(pdf_report(json.loads(path.read_text(encoding="utf-8"))))
     assert "Layers before and after pruning" in text
     for lacking in ("Verdict", "Sensitivity of the layers", "How far the pruning went", "Keep layers"):
@@ -150,7 +152,7 @@ def test_calibration_on_training_images_is_named():
 
 def test_an_older_record_is_drawn_without_what_it_lacks():
     for name in ("Coverage", "Wanda"):
-        path = PROJECT / "results" / "cpu-short" / f"TS1_{name}_ResNet18_CIFAR10.json"
+        path = OLDER / f"TS1_{name}_ResNet18_CIFAR10.json"
         text = pdf_text(pdf_report(json.loads(path.read_text(encoding="utf-8"))))
         assert text.count("NC: neurons above") == 1
         for absent in ("Changed predictions", "disturbed", "Deployed", "Dead channels", "SCC", "SHA-256 of the"):
