@@ -10,6 +10,7 @@ from cleanai.data.sources import load_images
 from cleanai.network.models import resnet18_for_small_images
 from cleanai.runtime.compute import Compute, choose_compute
 from tests.helpers import SCRIPTS, prepare, prune
+from tests.small_network import SmallNetwork, thin_resnet18
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +43,38 @@ def trained_network(digits, compute):
 
     One for all tests: who changes it works on a copy, as the fixture `network` is.
     """
-    from cleanai.network.training import TrainSettings, train
-
-    torch.manual_seed(0)
-    network = resnet18_for_small_images(10)
-    train(network, digits.with_train_samples(256, seed=0), compute, TrainSettings(epochs=1, batch_size=32))
-    return network.eval()
+    return _trained(resnet18_for_small_images, digits.with_train_samples(256, seed=0), compute, epochs=1)
 
 
 @pytest.fixture
 def network(trained_network):
     return copy.deepcopy(trained_network)
+
+
+@pytest.fixture(scope="session")
+def trained_thin_network(digits, compute):
+    """The same where the widths do not matter: with a quarter of the channels."""
+    return _trained(thin_resnet18, digits.with_train_samples(512, seed=0), compute, epochs=2)
+
+
+@pytest.fixture
+def thin_network(trained_thin_network):
+    return copy.deepcopy(trained_thin_network)
+
+
+@pytest.fixture(scope="session")
+def trained_small_network(digits, compute):
+    """A network for which a sweep takes seconds."""
+    return _trained(SmallNetwork, digits.with_train_samples(512, seed=0), compute, epochs=4)
+
+
+def _trained(build, images, compute, epochs):
+    from cleanai.network.training import TrainSettings, train
+
+    torch.manual_seed(0)
+    network = build(10)
+    train(network, images, compute, TrainSettings(epochs=epochs, batch_size=32))
+    return network.eval()
 
 
 @pytest.fixture(scope="session")

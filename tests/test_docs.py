@@ -70,3 +70,11 @@ def test_the_criteria_were_measured_within_their_budgets():
         requested = float(row["parameters_asked_percent"])
         assert abs(float(row["parameters_removed_percent"]) - requested) <= 0.1 + 1e-9
         assert 0 <= float(row["macs_removed_percent"]) - requested <= 0.5
+
+
+def test_the_sweep_that_is_shown_met_every_ratio():
+    record = make_docs.load(f"TS1_Sweep_{make_docs.NAME}")
+    for point in record["points"]:
+        parameters, macs = (1 - point[cost] / record["original"][cost] for cost in ("parameters", "macs"))
+        assert parameters == pytest.approx(point["ratio"], abs=0.0015)
+        assert macs == pytest.approx(point["ratio"] + 0.0025, abs=0.004)

@@ -11,7 +11,6 @@ from cleanai import UserError
 from cleanai.measure.provenance import checkpoint_facts
 from cleanai.network.activations import record_statistics
 from cleanai.network.models import load_network, save_network
-from cleanai.network.training import TrainSettings, train
 from cleanai.pruning.criteria import NeuronCoverageImportance, WandaImportance
 from cleanai.pruning.layers import layer_widths
 from cleanai.pruning.planning import BudgetMissed
@@ -21,7 +20,7 @@ from cleanai.pruning.rows import record_rows
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import parameter_count, random_images, torch_macs
-from tests.small_network import SmallNetwork, thin_resnet18
+from tests.small_network import SmallNetwork
 
 
 def _prune(network, digits, compute, importance=None, ratio=0.2, macs_ratio="same", steps=2, **options):
@@ -80,19 +79,6 @@ def pruned(request, trained_network, digits, compute):
         original=copy.deepcopy(trained_network), network=network, unrepaired=unrepaired, report=report,
         moments=request.param().moments, scored=scored, measured=measured, recorded=recorded,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained_thin_network(digits, compute):
-    torch.manual_seed(0)
-    network = thin_resnet18(10)
-    train(network, digits.with_train_samples(512, seed=0), compute, TrainSettings(epochs=2, batch_size=32))
-    return network.eval()
-
-
-@pytest.fixture
-def thin_network(trained_thin_network):
-    return copy.deepcopy(trained_thin_network)
 
 
 def _measure(step, repaired, unrepaired):
