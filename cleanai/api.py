@@ -13,7 +13,7 @@ from torch import nn
 from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.trial import copied, try_outputs, try_run
-from cleanai.pruning.criteria import CRITERIA, OBS
+from cleanai.pruning.criteria import CRITERIA
 from cleanai.pruning.layers import find_layers
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
@@ -213,7 +213,7 @@ def _patterns(keep_layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def _importance(criterion: str | tp.importance.Importance | OBS) -> tp.importance.Importance | OBS:
+def _importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
     if isinstance(criterion, str):
         known = {name.casefold(): make for name, make in {**sweep_criteria(), **CRITERIA}.items()}
         if criterion.casefold() not in known:
@@ -222,7 +222,7 @@ def _importance(criterion: str | tp.importance.Importance | OBS) -> tp.importanc
         criterion = known[criterion.casefold()]()
     if isinstance(criterion, _NEED_GRADIENTS):
         raise UserError(f"{type(criterion).__name__} needs gradients, which pruning does not compute: use another one")
-    if not isinstance(criterion, (tp.importance.Importance, OBS)):
+    if not isinstance(criterion, tp.importance.Importance):
         raise UserError(
             f"criterion is {criterion!r}: give a name, for example 'wanda', or an instance of an importance"
         )

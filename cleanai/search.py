@@ -13,7 +13,6 @@ from cleanai import UserError
 from cleanai.measure.latency import compare_speed
 from cleanai.network.evaluation import evaluate
 from cleanai.network.trial import copied
-from cleanai.pruning.criteria import OBS
 from cleanai.pruning.layers import compare_widths
 from cleanai.pruning.planning import BudgetMissed
 from cleanai.pruning.pruner import prune_to_budget
@@ -42,7 +41,7 @@ class Limits:
 
 def prune_to_limits(
     network: nn.Module,
-    importance: tp.importance.Importance | OBS,
+    importance: tp.importance.Importance,
     images: PruneImages,
     compute: Compute,
     settings: PruneSettings,

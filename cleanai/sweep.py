@@ -14,7 +14,7 @@ from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.measure.costs import count_macs, count_parameters
 from cleanai.network.evaluation import evaluate
-from cleanai.pruning.criteria import CRITERIA, OBS
+from cleanai.pruning.criteria import CRITERIA, OBSImportance
 from cleanai.pruning.planning import BudgetMissed
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.settings import PruneImages, PruneSettings
@@ -23,8 +23,8 @@ from cleanai.runtime.methods import METHODS
 from cleanai.runtime.progress import progress_bar, say
 
 # Baselines that use no calibration images.
-BASELINES: dict[str, Callable[[], tp.importance.Importance | OBS]] = {
-    "OBS": OBS,
+BASELINES: dict[str, Callable[[], tp.importance.Importance]] = {
+    "OBS": OBSImportance,
     "L2 magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "random choice": tp.importance.RandomImportance,
 }
@@ -32,7 +32,7 @@ BASELINES: dict[str, Callable[[], tp.importance.Importance | OBS]] = {
 ROUND_TO = (8, 4, 2, 1)  # 8 is fine enough to meet every ratio of ResNet-18, not only the highest
 
 
-def sweep_criteria() -> dict[str, Callable[[], tp.importance.Importance | OBS]]:
+def sweep_criteria() -> dict[str, Callable[[], tp.importance.Importance]]:
     """The criteria of a sweep by name: the methods, then the baselines."""
     return {**{method.title: CRITERIA[name] for name, method in METHODS.items()}, **BASELINES}
 
@@ -81,7 +81,7 @@ class Sweep:
     def _prune(
         self,
         name: str,
-        importance: tp.importance.Importance | OBS,
+        importance: tp.importance.Importance,
         known: dict[tuple[str, float], dict[str, Any]],
         advance: Callable[[], Any],
     ) -> None:

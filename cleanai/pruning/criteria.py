@@ -84,22 +84,26 @@ class WandaImportance(ActivationImportance):
         return divide(products, products.sum(-1, keepdim=True)).mean(1).flatten() / products.shape[0]
 
 
-class OBS:
+class OBSImportance(tp.importance.Importance):
     """Optimal Brain Surgeon for channels: each channel is the one without which the consumers' outputs lose least then.
 
-    Their other weights are meant to be adjusted optimally, see `greedy_order`. Not a score, so not an importance of
-    torch_pruning.
+    Their other weights are meant to be adjusted optimally, see `greedy_order`. A channel's score is its place in that
+    order. `groups`, and the Gram matrices of their consumers' inputs, `grams`, must be set first.
     """
 
-    def order(self, group: Group, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
-        """The units of a group (units,) in the order of removal, by the Gram matrices of its consumers' inputs."""
-        layers = list(group.consumers)
-        return greedy_order(
+    groups: Sequence[Group]
+    grams: dict[nn.Module, torch.Tensor]
+
+    def __call__(self, group: tp.dependency.Group) -> torch.Tensor:
+        (known,) = (each for each in self.groups if each.item is group)
+        layers = list(known.consumers)
+        order = greedy_order(
             layers,
-            [grams[layer] for layer in layers],
-            [group.inputs(layer) for layer in layers],
-            [group.spreads[layer] for layer in layers],
+            [self.grams[layer] for layer in layers],
+            [known.inputs(layer) for layer in layers],
+            [known.spreads[layer] for layer in layers],
         )
+        return order.argsort().double().repeat(known.channels // known.units)
 
 
 def weight_sums(layer: nn.Module) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from cleanai import UserError
 from cleanai.network.activations import record_statistics
 from cleanai.network.trial import copied
-from cleanai.pruning.criteria import OBS, ActivationImportance
+from cleanai.pruning.criteria import ActivationImportance, OBSImportance
 from cleanai.pruning.groups import Group, find_groups, sound_groups
 from cleanai.pruning.layers import compare_widths, find_layers, layer_widths
 from cleanai.pruning.least_squares import gram_matrix
@@ -35,7 +35,7 @@ STEP_IMAGES = 1024  # of those for the repair, in each step
 
 def prune_to_budget(
     network: nn.Module,
-    importance: tp.importance.Importance | OBS,
+    importance: tp.importance.Importance,
     images: PruneImages,
     compute: Compute,
     settings: PruneSettings,
@@ -75,12 +75,12 @@ def prune_to_budget(
             removed_shares = pruning.step(title, fraction)
         seconds = time.perf_counter() - started
         steps.append({**_report(title, pruning.requested(fraction), removed_shares, seconds), "seconds": seconds})
-        finished = network
-        if after_step is not None and step < len(settings.fractions):
+        finished, last = network, step == len(settings.fractions)
+        if after_step is not None and not last:
             with torch.inference_mode(False):
                 finished = copied(network)
-        if after_step is not None or step == len(settings.fractions):
-            pruning.finish(finished, last=step == len(settings.fractions))
+        if after_step is not None or last:
+            pruning.finish(finished, last)
         if after_step is not None and after_step(step, finished, pruning.unrepaired):
             network.load_state_dict(finished.state_dict())
             break
@@ -95,7 +95,7 @@ class _Pruning:
     def __init__(
         self,
         network: nn.Module,
-        importance: tp.importance.Importance | OBS,
+        importance: tp.importance.Importance,
         images: PruneImages,
         compute: Compute,
         settings: PruneSettings,
@@ -145,7 +145,11 @@ class _Pruning:
         costs = Costs(self.network, groups, self.example)
         targets = self._record(groups, title)
         grams = {layer: gram_matrix(rows) for layer, rows in targets.inputs.items()}
-        orders = [self._order(group, grams) for group in groups]
+        if isinstance(self.importance, OBSImportance):
+            self.importance.groups, self.importance.grams = groups, grams
+        orders = [
+            self.importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups
+        ]
         losses = [group_losses(group, order, grams) for group, order in zip(groups, orders)]
         self.sensitivity = self.sensitivity or sensitivity_of(self.network, groups, losses)
         removed = self._choose(groups, costs, losses, fraction)
@@ -187,12 +191,6 @@ class _Pruning:
         else:  # without a full repair, or where a layer runs more than once
             inputs, outputs = record_rows(self.network, spreads, self.step_images, self.compute, f"{title}, rows")
         return Targets({layer: inputs[layer] for layer in spreads}, outputs)
-
-    def _order(self, group: Group, grams: dict[nn.Module, torch.Tensor]) -> torch.Tensor:
-        """The units of a group, the least important first."""
-        if isinstance(self.importance, OBS):
-            return self.importance.order(group, grams)
-        return self.importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True)
 
     def _choose(self, groups: list[Group], costs: Costs, losses: list[torch.Tensor], fraction: float) -> torch.Tensor:
         """The number of channels (G,) that each group loses in this step.
