@@ -26,9 +26,9 @@ from rows import read_rows
 from cleanai import cli
 from cleanai.report.comparison_text import comparison_text
 from cleanai.report.notes import path_end
-from cleanai.report.run_text import comparison_table, preparation_table
+from cleanai.report.run_text import comparison_table, path_rows, preparation_table
 from cleanai.report.sweep_text import sweep_text
-from cleanai.report.wording import Record, method_title, origin_lines, prepared_with
+from cleanai.report.wording import Record, method_title, origin_lines, prepared_with, table_text
 from cleanai.runtime.files import write_bytes
 from cleanai.runtime.methods import METHODS
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
@@ -183,28 +183,17 @@ def goals() -> list[str]:
     for folder, title in titles.items():
         for path in (RESULTS / "cpu" / folder / f"TS1_{method}_{NAME}.json" for method in METHODS):
             record = json.loads(path.read_text(encoding="utf-8"))
+            rows = path_rows(record)
             sections += [
                 f"## {title}: {method_title(record['method'])}",
-                f"{'. '.join(origin_lines(record))}. {path_end(record)}",
-                _block(_path_table(record["pruning"]["path"])),
+                f"{'. '.join(origin_lines(record))}. {path_end(record)} "
+                "Accuracy is on the calibration images, after the repair of each step.",
+                _block("\n".join(table_text(rows, [10, *[15] * (len(rows[0]) - 1)]))),
                 _block(comparison_table(record)),
                 "```bash\n" + "\n".join(record["commands"]) + "\n```",
                 f"Report: [{path.stem}](../results/cpu/{folder}/{path.stem}.pdf)",
             ]
     return sections
-
-
-def _path_table(path: list[Record]) -> str:
-    fast = "speedup" in path[-1]
-    lines = ["Parameters (%)    FLOPs (%)    Accuracy on the calibration images (%)" + fast * "    Speed-up"]
-    for entry in path:
-        lines.append(
-            f"{0.0 - entry['parameters_removed_percent']:>14.1f}{0.0 - entry['macs_removed_percent']:>13.1f}"
-            f"{entry['accuracy_calibration_percent']:>42.2f}"
-            + (f"{entry.get('speedup', 1):>11.2f}x" if fast else "")
-            + ("" if entry["taken"] else "    not taken")
-        )
-    return "\n".join(lines)
 
 
 def options_page() -> str:

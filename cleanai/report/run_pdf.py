@@ -13,7 +13,7 @@ from cleanai.report.coverage_pdf import coverage
 from cleanai.report.evidence_pdf import changes, deployed, robustness
 from cleanai.report.notes import notes, path_end
 from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
-from cleanai.report.run_text import comparison_rows, summary_rows
+from cleanai.report.run_text import comparison_rows, path_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
     Record,
@@ -137,32 +137,15 @@ def _epochs_note(record: Record) -> str:
 def _path(record: Record) -> list[Any]:
     """The steps of a pruning that went on up to a limit: accuracy over what was removed, and all numbers."""
     path = record["pruning"]["path"]
-    original = path[0]["accuracy_calibration_percent"]
     points = [(step["parameters_removed_percent"], step["accuracy_calibration_percent"]) for step in path]
     last = points[len(record["pruning"]["steps"])]
     panel = Panel("Parameters removed (%)", {_STEPS: points}, stars=[(_STEPS, True, *last)])
-    timed = "speedup" in path[-1]
-    head = ["Step", "Parameters removed (%)", "FLOPs removed (%)", "Accuracy (%)", "Change (points)"]
-    rows = [[*head, *(["Median time (ms)", "Speed-up"] if timed else []), "Taken"]]
-    for number, step in enumerate(path):
-        accuracy = step["accuracy_calibration_percent"]
-        times = [f"{step['latency_median_ms']:.2f}", f"{step['speedup']:.2f}x"] if "speedup" in step else ["", ""]
-        rows.append(
-            [
-                str(number) if number else "Original",
-                f"{step['parameters_removed_percent']:.1f}",
-                f"{step['macs_removed_percent']:.1f}",
-                f"{accuracy:.2f}",
-                f"{round(accuracy - original, 2) + 0.0:+.2f}" if number else "",
-                *(times if timed else []),
-                ("yes" if step["taken"] else "no") if number else "",
-            ]
-        )
+    rows, timed = path_rows(record), "speedup" in path[-1]
     how = f" Times are for {counted(path[-1]['latency_images'], 'image')}, briefly measured." if timed else ""
     return [
         text(f"{path_end(record)} Accuracy is on the calibration images, after the repair of each step.{how}"),
         Spacer(1, 4),
-        curves_chart([panel], original, [("the pruned network", _STEPS, True)]),
+        curves_chart([panel], path[0]["accuracy_calibration_percent"], [("the pruned network", _STEPS, True)]),
         Spacer(1, 6),
         table(rows, [WIDTH * share for share in ((0.13, 0.17, *[0.7 / (len(rows[0]) - 2)] * (len(rows[0]) - 2)))]),
     ]

@@ -90,6 +90,29 @@ def deployed_rows(record: Record) -> list[list[str]]:
     ]
 
 
+def path_rows(record: Record) -> list[list[str]]:
+    """A heading, and the steps of a pruning that went on up to a limit, with the accuracy on calibration images."""
+    path = record["pruning"]["path"]
+    original, timed = path[0]["accuracy_calibration_percent"], "speedup" in path[-1]
+    head = ["Step", "Parameters removed (%)", "FLOPs removed (%)", "Accuracy (%)", "Change (points)"]
+    rows = [[*head, *(["Median time (ms)", "Speed-up"] if timed else []), "Taken"]]
+    for number, step in enumerate(path):
+        accuracy = step["accuracy_calibration_percent"]
+        times = [f"{step['latency_median_ms']:.2f}", f"{step['speedup']:.2f}x"] if "speedup" in step else ["", ""]
+        rows.append(
+            [
+                str(number) if number else "Original",
+                f"{step['parameters_removed_percent']:.1f}",
+                f"{step['macs_removed_percent']:.1f}",
+                f"{accuracy:.2f}",
+                f"{round(accuracy - original, 2) + 0.0:+.2f}" if number else "",
+                *(times if timed else []),
+                ("yes" if step["taken"] else "no") if number else "",
+            ]
+        )
+    return rows
+
+
 def summary_rows(record: Record) -> list[tuple[str, str]]:
     """The rows of the summary: reductions without a sign, changes of accuracy with one."""
     summary = record["summary"]
