@@ -16,21 +16,22 @@ import statistics
 import torch
 import torch_pruning as tp
 from reportlab.graphics.shapes import Drawing
-from rows import known_rows, write_rows
+from rows import known_rows, mean_and_spread, write_rows
+from torch import nn
 
 from cleanai import cli
-from cleanai.data.images import ImageSettings
+from cleanai.data.images import ImageSet, ImageSettings
 from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import network_from
-from cleanai.pruning.criteria import OBS, NeuronCoverageImportance, WandaImportance
+from cleanai.pruning.criteria import NeuronCoverageImportance, OBSImportance, WandaImportance
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.charts import Panel, curves_chart, svg_bytes
 from cleanai.runtime.checkpoints import load_checkpoint
-from cleanai.runtime.compute import choose_compute
+from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT, Scenario
 
@@ -49,7 +50,7 @@ SETTINGS = {
 CRITERIA = {
     "Neuron Coverage": NeuronCoverageImportance,
     "WANDA": WandaImportance,
-    "OBS": OBS,
+    "OBS": OBSImportance,
     "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "random": tp.importance.RandomImportance,
 }
@@ -99,27 +100,27 @@ def prune_and_measure(network, importance, images, test, compute) -> list[dict[s
     """Prune step by step, and return the accuracies after each."""
     rows = []
 
-    def measure(step: int, repaired: torch.nn.Module, unrepaired: torch.nn.Module) -> None:
-        raw = evaluate(unrepaired, test, compute).accuracy_percent
-        recalibrated = copy.deepcopy(unrepaired)
-        recalibrate(recalibrated, images.repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
-        stages = (
-            raw,
-            evaluate(recalibrated, test, compute).accuracy_percent,
-            evaluate(repaired, test, compute).accuracy_percent,
-        )
-        rows.append({"step": step, **{f"{stage}_percent": f"{value:.2f}" for stage, value in zip(STAGES, stages)}})
-        print(
-            "  test accuracy " + ", ".join(f"{stage} {value:.2f}%" for stage, value in zip(STAGES, stages)), flush=True
-        )
+    def measure(_: int, repaired: nn.Module, unrepaired: nn.Module) -> None:
+        rows.append(accuracies_by_part(unrepaired, repaired, images.repair, test, compute))
 
     settings = PruneSettings(RATIOS[-1], RATIOS[-1], [ratio / RATIOS[-1] for ratio in RATIOS], ROUND_TO)
     pruning, _ = prune_to_budget(network, importance, images, compute, settings, measure)
     for row, step in zip(rows, pruning["steps"]):
-        del row["step"]
         for key in ("parameters_asked_percent", "parameters_removed_percent", "macs_removed_percent"):
             row[key] = f"{step[key]:.2f}"
     return rows
+
+
+def accuracies_by_part(
+    unrepaired: nn.Module, repaired: nn.Module, repair: ImageSet, test: ImageSet, compute: Compute
+) -> dict[str, str]:
+    """Accuracy on `test` in percent after each of STAGES; prints it."""
+    recalibrated = copy.deepcopy(unrepaired)
+    recalibrate(recalibrated, repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
+    networks = dict(zip(STAGES, (unrepaired, recalibrated, repaired)))
+    accuracies = {stage: evaluate(each, test, compute).accuracy_percent for stage, each in networks.items()}
+    print("  test accuracy " + ", ".join(f"{stage} {value:.2f}%" for stage, value in accuracies.items()), flush=True)
+    return {f"{stage}_percent": f"{value:.2f}" for stage, value in accuracies.items()}
 
 
 def means(rows: list[dict[str, str]], name: str, stage: str) -> dict[float, list[float]]:
@@ -139,8 +140,7 @@ def table(rows: list[dict[str, str]]) -> str:
         lines.append(f"{title + ', %':<28}" + "".join(f"{f'{-percent:.0f}%':<14}" for percent in asked))
         for name in dict.fromkeys(row["criterion"] for row in rows):
             values = means(rows, name, stage)
-            spreads = [f" ({statistics.stdev(values[p]):.1f})" if len(values[p]) > 1 else "" for p in asked]
-            cells = [f"{statistics.mean(values[p]):.1f}{spread}" for p, spread in zip(asked, spreads)]
+            cells = [mean_and_spread(values[p], 1) for p in asked]
             lines.append(f"  {name:<26}" + "".join(f"{cell:<14}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from recipe import kept_aside
+from recipe import kept_aside, untrained
 from rows import known_rows, write_rows
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -24,10 +24,8 @@ from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.network import training
 from cleanai.network.evaluation import evaluate
-from cleanai.network.models import build
 from cleanai.network.training import TrainSettings, train
 from cleanai.network.training_step import TrainingStep
-from cleanai.network.weights import start_from
 from cleanai.pruning.repair import recalibrate
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.scenario import PROJECT, Scenario
@@ -120,9 +118,7 @@ def main() -> None:
         if any(row["trial"] == trial for row in rows):
             continue
         print(trial)
-        torch.manual_seed(args.seed)
-        network = build("ResNet18", len(images.classes))
-        network = compute.place(start_from(network, "ResNet18", args.weights, args.models_dir))
+        network = untrained(args, images, compute)
         with mock.patch.multiple(training, **changes):
             train(network, images, compute, settings)
         if changes.get("TrainingStep") is Averaged:

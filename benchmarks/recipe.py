@@ -77,9 +77,7 @@ def main() -> None:
         scenario = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir / f"recipe_{weight_decay:g}")
         if args.fresh:
             scenario.remove_outputs()
-        torch.manual_seed(args.seed)
-        network = build("ResNet18", len(images.classes))
-        network = compute.place(start_from(network, "ResNet18", args.weights, args.models_dir))
+        network = untrained(args, images, compute)
         settings = TrainSettings(args.epochs, args.batch_size, args.lr, weight_decay, args.seed)
         described = checkpoint_facts(scenario, images, compute, {**args.config, "weight_decay": weight_decay})
         _, trained = fine_tune(network, images, compute, settings, scenario, described)
@@ -92,6 +90,13 @@ def main() -> None:
         print(table(rows), flush=True)
     write_bytes(path.with_suffix(".svg"), svg_bytes(chart(rows)))
     print(f"\n{table(rows)}\n\n{path} and {path.with_suffix('.svg').name}")
+
+
+def untrained(args: cli.Options, images: Images, compute: Compute) -> nn.Module:
+    """The network that script 1 would train."""
+    torch.manual_seed(args.seed)
+    network = build("ResNet18", len(images.classes))
+    return compute.place(start_from(network, "ResNet18", args.weights, args.models_dir))
 
 
 def kept_aside(images: Images) -> Images:

@@ -13,15 +13,15 @@ An interrupted run resumes with the same command.
 from __future__ import annotations
 
 import copy
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
 import torch_pruning as tp
+from criteria import BATCH_SIZE, accuracies_by_part
 from resnet56 import ResNet56
-from rows import known_rows, write_rows
+from rows import known_rows, mean_and_spread, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
@@ -42,7 +42,6 @@ from cleanai.runtime.scenario import PROJECT
 
 PATH = PROJECT / "results" / "repair" / "CIFAR10.csv"
 SEEDS, STEPS = 3, 5
-BATCH_SIZE = 128
 CALIBRATION_IMAGES = 1024
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the ResNet-56 was trained on
 CRITERIA = {"WANDA": WandaImportance, "random": tp.importance.RandomImportance}
@@ -84,7 +83,7 @@ def main() -> None:
         raise UserError("--weights is the file of a trained ResNet-56")
     if args.weights != "none":
         subjects["ResNet-56"] = Subject(
-            lambda: ResNet56(10), Path(args.weights), (0.5, 0.7), False, [1], True, MEAN, STD
+            lambda: ResNet56(10), Path(args.weights), (0.5, 0.7), False, [1], distilled=True, mean=MEAN, std=STD
         )
     facts = {"repair_images": str(args.repair_batches * BATCH_SIZE), "calibration_images": str(CALIBRATION_IMAGES)}
     facts["precision"] = args.precision
@@ -128,15 +127,11 @@ def measured(network, subject, criterion, images: Images, repair, compute: Compu
             repaired, CRITERIA[criterion](), PruneImages(calibration, repair), compute, settings
         )
         row = {"removed_percent": f"{100 * ratio:.0f}", "original_percent": before}
-        row["raw_percent"] = accuracy(unrepaired)
-        recalibrate(unrepaired, repair, compute, BATCH_SIZE, "Recalibrating the unrepaired network")
-        row["recalibrated_percent"], row["reconstructed_percent"] = accuracy(unrepaired), accuracy(repaired)
-        row["distilled_percent"] = ""
+        row.update(accuracies_by_part(unrepaired, repaired, repair, test, compute), distilled_percent="")
         if subject.distilled and criterion == "WANDA":
             distil(repaired, network, images, compute, BATCH_SIZE, seed)
             row["distilled_percent"] = accuracy(repaired)
         rows.append(row)
-        print(row, flush=True)
     return rows
 
 
@@ -154,8 +149,7 @@ def table(rows: list[dict[str, str]]) -> str:
         for stage in STAGES:
             reached = [(float(row["original_percent"]), row[f"{stage}_percent"]) for row in own]
             lost = [original - float(percent) for original, percent in reached if percent]
-            spread = f" ({statistics.stdev(lost):.2f})" if len(lost) > 1 else ""
-            cells.append(f"{statistics.mean(lost):.2f}{spread}" if lost else "")
+            cells.append(mean_and_spread(lost, 2) if lost else "")
         name = f"{network}, -{removed}%, {criterion}"
         lines.append(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

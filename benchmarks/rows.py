@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from pathlib import Path
+from typing import Sequence
 
 from cleanai import UserError
 from cleanai.runtime.files import write_bytes
@@ -22,6 +24,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of an earlier run."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def mean_and_spread(values: Sequence[float], decimals: int) -> str:
+    """The mean, and the standard deviation in brackets where there are several values."""
+    spread = f" ({statistics.stdev(values):.{decimals}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{spread}"
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
