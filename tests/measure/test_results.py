@@ -38,16 +38,16 @@ def little_timing():
 
 
 @pytest.fixture(scope="module")
-def measured(digits, compute, trained_network):
+def measured(digits, compute, trained_thin_network):
     """Three networks, their evaluations, and their results on few images."""
     images = digits.with_train_samples(128, seed=0)
     split = Split(*images.calibration_split(64, seed=0))
-    pruned = copy.deepcopy(trained_network)
-    settings = PruneSettings(0.2, None, steps=1, batch_size=64)
+    pruned = copy.deepcopy(trained_thin_network)
+    settings = PruneSettings(0.2, None, steps=1, batch_size=64, round_to=[2])
     prune_to_budget(
         pruned, WandaImportance(), PruneImages(split.calibration, images.repair_sample(64, 0)), compute, settings
     )
-    networks = {"original": copy.deepcopy(trained_network), "pruned": pruned, "fine_tuned": copy.deepcopy(pruned)}
+    networks = {"original": copy.deepcopy(trained_thin_network), "pruned": pruned, "fine_tuned": copy.deepcopy(pruned)}
     with torch.no_grad():  # the last network is worse on three classes
         networks["fine_tuned"].fc.bias[[3, 5, 8]] -= 3
     evaluations = {name: evaluate(network, images.test, compute) for name, network in networks.items()}
@@ -94,7 +94,7 @@ def test_each_layer_is_counted_before_and_after(measured):
             layer["name"]: {"parameters": layer[f"parameters_{when}"], "macs": layer[f"macs_{when}"]}
             for layer in results["layers"]
         } == counted
-    assert sum(layer["parameters_before"] - layer["parameters_after"] for layer in results["layers"]) > 2_000_000
+    assert sum(layer["parameters_before"] - layer["parameters_after"] for layer in results["layers"]) > 125_000
 
 
 def test_classes_are_compared():

@@ -59,9 +59,11 @@ def _recording_calls(patch):
 
 
 @pytest.fixture(scope="module", params=[NeuronCoverageImportance, WandaImportance])
-def pruned(request, trained_network, digits, compute):
+def pruned(request, trained_network, trained_thin_network, digits, compute):
     """A network pruned by a fifth in two steps, with a full repair, and a record of the work."""
-    network = copy.deepcopy(trained_network)
+    whole = request.param is NeuronCoverageImportance
+    original, round_to = (trained_network, 8) if whole else (trained_thin_network, 2)
+    network = copy.deepcopy(original)
     scored, measured = [], []
 
     class Importance(request.param):
@@ -70,19 +72,16 @@ def pruned(request, trained_network, digits, compute):
             if name == "statistics":
                 scored.append((copy.deepcopy(network), value))
 
+    def after_step(step, repaired, unrepaired):
+        measured.append((step, parameter_count(repaired), parameter_count(unrepaired)))
+
     with pytest.MonkeyPatch.context() as patch:
         recorded = _recording_calls(patch)
-        report, unrepaired = _prune(
-            network, digits, compute, Importance(), after_step=lambda *args: measured.append(_measure(*args))
-        )
+        report, unrepaired = _prune(network, digits, compute, Importance(), round_to=[round_to], after_step=after_step)
     return SimpleNamespace(
-        original=copy.deepcopy(trained_network), network=network, unrepaired=unrepaired, report=report,
+        original=original, network=network, unrepaired=unrepaired, report=report, round_to=round_to,
         moments=request.param().moments, scored=scored, measured=measured, recorded=recorded,
     )  # fmt: skip
-
-
-def _measure(step, repaired, unrepaired):
-    return step, parameter_count(repaired), parameter_count(unrepaired)
 
 
 def test_a_fifth_of_parameters_and_arithmetic_is_removed(pruned):
@@ -100,7 +99,7 @@ def test_a_fifth_of_parameters_and_arithmetic_is_removed(pruned):
     assert {name: widths[name] for name in convolutions} == convolutions
     assert all(layer["channels_after"] <= layer["channels_before"] for layer in layers)
     assert widths["fc"] == 10
-    assert all(width % 8 == 0 for width in _widths(pruned.report))
+    assert all(width % pruned.round_to == 0 for width in _widths(pruned.report))
 
 
 def test_a_pruned_network_is_saved_and_loaded(pruned, digits, compute, tmp_path):
@@ -203,18 +202,18 @@ def test_widths_are_multiples_of_the_requested_number(network, digits, compute, 
     assert abs(_removed(original, network)[0] - 20) <= 0.1
 
 
-def test_steps_keep_the_goal_in_reach(network, digits, compute):
+def test_steps_keep_the_goal_in_reach(thin_network, digits, compute):
     """With coarse widths few choices meet both budgets; no step may go beyond all of them."""
-    original = copy.deepcopy(network)
-    pruning, _ = _prune(network, digits, compute, ratio=0.2, macs_ratio=0.2, steps=5, round_to=[32], repair="none")
-    assert all(width % 32 == 0 for width in _widths(pruning))
-    parameters, macs = _removed(original, network)
+    original = copy.deepcopy(thin_network)
+    pruning, _ = _prune(thin_network, digits, compute, ratio=0.2, macs_ratio=0.2, steps=5, round_to=[8], repair="none")
+    assert all(width % 8 == 0 for width in _widths(pruning))
+    parameters, macs = _removed(original, thin_network)
     assert abs(parameters - 20) <= 0.1 and 20 <= macs <= 20.5
 
 
-def test_widths_are_multiples_of_the_first_number_that_can_meet_the_budget(network, digits, compute):
-    pruning, _ = _prune(network, digits, compute, steps=1, round_to=[512, 32, 8], repair="none")
-    assert all(width % 32 == 0 for width in _widths(pruning))
+def test_widths_are_multiples_of_the_first_number_that_can_meet_the_budget(thin_network, digits, compute):
+    pruning, _ = _prune(thin_network, digits, compute, steps=1, round_to=[128, 8, 2], repair="none")
+    assert all(width % 8 == 0 for width in _widths(pruning))
 
 
 def test_each_part_of_the_repair_reduces_the_error(thin_network, digits, compute):
