@@ -1,17 +1,16 @@
-"""What the scripts share around their story: open a run, find finished work, save, and publish results.
+"""What the scripts share around their story: find finished work, save, and publish results.
 
-Everything but the tables needs PyTorch, which takes seconds to import. It is imported only when there is work to do.
+PyTorch, which takes seconds to import, is imported only for an export.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cleanai import UserError
 from cleanai.report.run_text import comparison_table
-from cleanai.report.wording import Record, exported_as, origin_lines, repair_stages, wrapped
-from cleanai.runtime.checkpoints import find_checkpoint, find_record, load_checkpoint, write_record
+from cleanai.report.wording import Record, exported_as, origin_lines, wrapped
+from cleanai.runtime.checkpoints import find_record, write_record
 from cleanai.runtime.files import file_digest, remove_file, write_bytes
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
@@ -19,15 +18,7 @@ from cleanai.runtime.scenario import Scenario
 NOT_PASSED = 3  # the exit status of --strict
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch_pruning.importance import Importance
-
     from cleanai.cli import Options
-    from cleanai.data.images import Images
-    from cleanai.measure.results import Split
-    from cleanai.network.evaluation import Evaluation
-    from cleanai.pruning.settings import PruneImages, PruneSettings
-    from cleanai.runtime.compute import Compute
 
 
 def finished_record(scenario: Scenario, args: Options) -> Record | None:
@@ -112,247 +103,3 @@ def _export(scenario: Scenario, record: Record, args: Options) -> None:
 
         with only_run(scenario):
             save_scenario(scenario, args.data_dir)
-
-
-@dataclass
-class Run:
-    """A script at work: its device and images, and the facts that go into its checkpoints and its record."""
-
-    scenario: Scenario
-    args: Options
-    compute: Compute
-    images: Images
-    facts: dict[str, Any]
-    prepared: dict[str, Any] = field(default_factory=dict)  # the checkpoint of the preparing script
-    split: Split = field(init=False)  # of the test images; set by `load_original`, as the next one
-    repair_images: int = field(init=False)  # training images for the repair
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-
-    def save_pretrained(self, network: nn.Module) -> None:
-        """Try the preparing script's network on its images, and save it. With --fresh deletes earlier results."""
-        from cleanai.network.models import save_network
-        from cleanai.network.trial import try_network
-
-        try_network(network, self.images, self.args.batch_size if self.args.epochs else None, self.compute)
-        if self.args.fresh:
-            self.scenario.remove_outputs()
-        # Refuses an interrupted run with other settings.
-        find_checkpoint(self.scenario.pretrained, self.facts["config"], model=self.scenario.model)
-        save_network(self.scenario.pretrained, network, self.facts)
-
-    def load_original(self) -> nn.Module:
-        """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
-        from cleanai.measure.results import Split
-        from cleanai.network.models import network_from
-        from cleanai.network.training import require_even_shares
-        from cleanai.network.trial import try_network
-        from cleanai.pruning.layers import find_layers
-
-        scenario, args = self.scenario, self.args
-        self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
-        original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
-        find_layers(original, args.config.get("keep_layers") or ())
-        if args.epochs:
-            require_even_shares(self.images, args.batch_size)
-        in_batches = args.epochs or args.config.get("repair", "none") != "none"
-        try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
-        self.split = Split.of(self.images, args.config)
-        which = "all" if args.calibrate_on == "train" else "the other"
-        print(
-            f"Calibration uses {len(self.split.calibration):,} {'training' if which == 'all' else 'test'} images; "
-            f"{which} {len(self.split.heldout):,} test images are held out"
-        )
-        self.repair_images = self._count_repair_images(original)
-        if args.fresh:
-            scenario.remove_outputs()
-        return original
-
-    def _count_repair_images(self, network: nn.Module) -> int:
-        from cleanai.pruning.repair import REPAIR_BYTES, most_images
-
-        requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
-        count = min(requested, there, most_images(network, next(self.images.train.batches(1))[0]))
-        if count < requested:
-            why = "there are no more" if count == there else f"more would take over {REPAIR_BYTES >> 30} GiB of memory"
-            print(f"The repair uses {count:,} training images, not {requested:,}: {why}")
-        return count
-
-    def evaluate(self, name: str, network: nn.Module) -> None:
-        """Evaluate a network on all test images and print its accuracy."""
-        from cleanai.network.evaluation import evaluate
-
-        self.evaluations[name] = evaluate(network, self.images.test, self.compute, f"Evaluating, {name}")
-        print(f"Test accuracy, {name}: {self.evaluations[name].accuracy_percent:.2f}%")
-
-    @property
-    def prune_images(self) -> PruneImages:
-        """The images for pruning."""
-        from cleanai.pruning.settings import PruneImages
-
-        return PruneImages(self.split.calibration, self.images.repair_sample(self.repair_images, self.args.seed))
-
-    @property
-    def prune_settings(self) -> PruneSettings:
-        """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
-        from cleanai.pruning.settings import PruneSettings
-        from cleanai.search import FURTHEST
-
-        args = self.args
-        ratio, macs_ratio = (
-            FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
-        )
-        repair = "full" if args.repair == "distil" else args.repair  # `_distil` follows after all steps
-        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
-        return replace(settings, keep_layers=args.keep_layers or ())
-
-    def prune(self, original: nn.Module, importance: Importance) -> tuple[nn.Module, Record]:
-        """Prune a copy of the network by the shares of the options, or up to their limits, and save it.
-
-        Returns it with the report on the pruning.
-        """
-        from cleanai.network.trial import copied
-        from cleanai.pruning.pruner import prune_to_budget
-        from cleanai.search import Limits, prune_to_limits
-
-        args, work = self.args, (importance, self.prune_images, self.compute, self.prune_settings)
-        if args.ratio == "auto":
-            limits = Limits(args.accept_drop, args.speedup, args.speedup_of)
-            pruned, pruning, unrepaired = prune_to_limits(original, *work, limits)
-        else:
-            pruned = copied(original)
-            pruning, unrepaired = prune_to_budget(pruned, *work)
-        self._save_pruned(pruned, unrepaired, original, pruning)
-        return pruned, pruning
-
-    def find_pruned(self) -> tuple[nn.Module | None, Record]:
-        """The pruned network of an interrupted run with its report, or None and an empty report."""
-        from cleanai.network.evaluation import Evaluation
-        from cleanai.network.models import network_from
-
-        path = self.scenario.pruned
-        checkpoint = find_checkpoint(path, self.facts["config"], model=self.scenario.model)
-        if not checkpoint:
-            return None, {}
-        print(f"Found the pruned network of an earlier run: {path}")
-        self.evaluations["pruned"] = Evaluation.stored_in(checkpoint)
-        return self.compute.place(network_from(checkpoint, path)), dict(checkpoint["pruning"])
-
-    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, original: nn.Module, pruning: Record) -> None:
-        """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`.
-
-        Distillation, where it belongs to the repair, runs here.
-        """
-        from cleanai.network.models import save_network
-
-        pruning.update(self._repair_accuracies(network, unrepaired))
-        if self.args.repair == "distil":
-            pruning["accuracy_distilled_percent"] = self._distil(network, original)
-        evaluation = vars(self.evaluations["pruned"])
-        save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
-        print(f"After pruning: {repair_stages(pruning)}")
-
-    def _distil(self, network: nn.Module, original: nn.Module) -> float:
-        """Distil the pruned network, in place, from the original one, and evaluate it again: accuracy in percent."""
-        from cleanai.network.evaluation import evaluate
-        from cleanai.network.training import distil
-
-        distil(network, original, self.images, self.compute, self.args.batch_size, self.args.seed)
-        self.evaluations["pruned"] = evaluate(network, self.images.test, self.compute, "Evaluating, distilled")
-        return self.evaluations["pruned"].accuracy_percent
-
-    def _repair_accuracies(self, pruned: nn.Module, unrepaired: nn.Module) -> dict[str, float]:
-        """Accuracy as cut and after each part of the repair. Batch norm of `unrepaired` is recalibrated for it."""
-        from cleanai.network.evaluation import evaluate
-        from cleanai.pruning.repair import recalibrate
-
-        def accuracy(network: nn.Module, title: str) -> float:
-            return evaluate(network, self.images.test, self.compute, title).accuracy_percent
-
-        repair = self.args.repair
-        self.evaluations["pruned"] = evaluate(pruned, self.images.test, self.compute, "Evaluating, pruned")
-        repaired = self.evaluations["pruned"].accuracy_percent
-        if repair == "none":
-            return {"accuracy_raw_percent": repaired}
-        accuracies = {"accuracy_raw_percent": accuracy(unrepaired, "Evaluating as cut")}
-        if repair == "bn":
-            return {**accuracies, "accuracy_recalibrated_percent": repaired}
-        recalibrate(unrepaired, self.prune_images.repair, self.compute, self.args.batch_size, "Recalibrating")
-        accuracies["accuracy_recalibrated_percent"] = accuracy(unrepaired, "Evaluating without reconstruction")
-        return {**accuracies, "accuracy_reconstructed_percent": repaired}
-
-    def record(self, networks: dict[str, nn.Module], pruning: Record, history: list[dict[str, float]]) -> Record:
-        """Measure the networks original, pruned and fine_tuned; return the record of a pruning script."""
-        from cleanai.measure.provenance import find_warnings
-        from cleanai.measure.results import measure_results
-
-        print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
-        measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
-        scenario, accept_drop = self.scenario, self.args.accept_drop
-        return {
-            **self.description(),
-            **measured,
-            **self._robustness(networks, measured["models"]["original"]),
-            **({} if accept_drop is None else {"verdict": self._verdict(accept_drop)}),
-            "pruning": pruning,
-            "history": history,
-            "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
-            "commands": [
-                scenario.of("").command(self.prepared["config"]),
-                scenario.command(self.args.config),
-            ],
-            "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
-        }
-
-    def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:
-        """The entry on disturbed images; none with --robustness-images 0."""
-        from cleanai.measure.robustness import CASES, chosen_images, measure_robustness
-        from cleanai.runtime.progress import say
-
-        if self.args.robustness_images == 0:
-            return {}
-        heldout = self.images.test.select(self.split.heldout)
-        chosen = chosen_images(heldout, self.args.robustness_images, original["macs"], self.args.seed)
-        seconds = len(CASES) * len(networks) * len(chosen) / original["throughput_images_per_s"]
-        say(f"Measuring accuracy on {len(chosen):,} disturbed images: about {seconds:.0f} s")
-        return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
-
-    def _verdict(self, accept_drop: float) -> Record:
-        from cleanai.measure.significance import judge_drop
-
-        before, after = (
-            self.evaluations[name].correct[self.split.heldout].numpy() for name in ("original", "fine_tuned")
-        )
-        return judge_drop(before, after, accept_drop)
-
-    def description(self) -> Record:
-        """The entries of a record that are not measured."""
-        from cleanai.measure.provenance import describe_run
-
-        calibration = len(self.split.calibration) if self.prepared else None
-        described = describe_run(self.scenario, self.images, self.compute, self.args.config, calibration)
-        return {**described, **({"prepared_with": dict(self.prepared["config"])} if self.prepared else {})}
-
-
-def open_run(scenario: Scenario, args: Options) -> Run:
-    """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
-    from cleanai.data.images import ImageSettings
-    from cleanai.data.sources import load_images
-    from cleanai.measure.provenance import checkpoint_facts
-    from cleanai.runtime.compute import choose_compute
-
-    if getattr(args, "weights", "none") not in ("imagenet", "none"):
-        scenario.refuse_own_file(args.weights)
-    compiled = "compile" in args and args.compile
-    compute = choose_compute(args.device, args.precision, args.deterministic, compiled)
-    if "timing_seconds" in args:
-        compute = replace(compute, timing_s=args.timing_seconds)
-    print(wrapped(compute.description))
-    prepared = {}
-    if scenario.method:
-        prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
-    settings = ImageSettings.of(prepared["config"] if prepared else args.config)
-    images = load_images(args.dataset, args.data_dir, settings)
-    images = images.normalised_by(*((prepared["mean"], prepared["std"]) if prepared else (args.mean, args.std)))
-    images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
-    print(f"Training images are {images.augmentation}")
-    return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config), prepared)

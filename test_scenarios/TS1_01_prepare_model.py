@@ -58,10 +58,11 @@ def prepare(scenario, args):  # imports PyTorch, which takes seconds: only when 
     from cleanai.network.models import build
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.network.weights import start_from
+    from cleanai.run import open_run
     from cleanai.runtime.distributed import end_all_but_first
 
     # Load: the device, the images, and the network with the weights that it starts from.
-    run = stages.open_run(scenario, args)
+    run = open_run(scenario, args)
     torch.manual_seed(args.seed)  # for the layers without pretrained weights
     network = build(MODEL, len(run.images.classes))
     start_from(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0)

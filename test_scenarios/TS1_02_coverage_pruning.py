@@ -62,10 +62,11 @@ def prune(scenario, args):
 
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.pruning.criteria import NeuronCoverageImportance
+    from cleanai.run import open_run
     from cleanai.runtime.distributed import end_all_but_first
 
     # Load: the device, the images, and the network of script 1.
-    run = stages.open_run(scenario, args)
+    run = open_run(scenario, args)
     original = run.load_original()
     run.evaluate("original", original)
 

@@ -57,11 +57,12 @@ def main():
 def measure(scenario, args):
     # PyTorch takes seconds to import: only when there is work to do.
     from cleanai.network.training import TrainSettings, train
+    from cleanai.run import open_run
     from cleanai.runtime.distributed import end_all_but_first
     from cleanai.sweep import Sweep, measure_network
 
     # Load: the device, the images, and the network of script 1.
-    run = stages.open_run(scenario, args)
+    run = open_run(scenario, args)
     original = run.load_original()
     test = run.images.test.select(run.split.heldout).sample(args.test_samples, args.seed)
     before = measure_network(original, test, run.compute)
@@ -72,8 +73,7 @@ def measure(scenario, args):
     interrupted = find_record(scenario.resume, config) or {"points": []}
     if interrupted["points"]:
         print(f"Resuming after {len(interrupted['points'])} networks of an interrupted run")
-    settings = TrainSettings.of(args)
-    tune = (lambda network: train(network, run.images, run.compute, settings)) if args.epochs else None
+    tune = (lambda network: train(network, run.images, run.compute, TrainSettings.of(args))) if args.epochs else None
     sweep = Sweep(original, args.ratios, run.prune_images, test, run.compute, args.seed, tune)
     sweep.points = interrupted["points"]
     sweep.save = lambda points: write_record(scenario.resume, {"config": config, "points": points})

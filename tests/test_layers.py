@@ -5,19 +5,17 @@ import ast
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 from tests.helpers import ended, started
 
-# What the modules of each part may import, besides those of their own part and the package itself.
-MAY_IMPORT = {
+TOP = ("cli", "exit", "run", "search", "stages", "sweep")
+FOLDERS = {
     "runtime": (),
     "data": ("runtime",),
     "network": ("data", "runtime"),
     "measure": ("network", "data", "runtime"),
     "pruning": ("network", "data", "runtime"),
     "report": ("measure.significance", "runtime"),
-    **dict.fromkeys(
-        ("api", "cli", "exit", "search", "stages", "sweep", "test_scenarios"),
-        ("cli", "exit", "search", "stages", "sweep", "report", "measure", "pruning", "network", "data", "runtime"),
-    ),
 }
+# What the modules of each part may import, besides those of their own part and the package itself.
+MAY_IMPORT = {**FOLDERS, **dict.fromkeys((*TOP, "api", "test_scenarios"), (*TOP, *FOLDERS))}
 
 
 def imported(path):

@@ -1,4 +1,4 @@
-"""What the scripts share: publishing the results of a finished run."""
+"""What the scripts share: publishing the results of a finished run, and the images of one at work."""
 
 import contextlib
 from argparse import Namespace
@@ -12,6 +12,7 @@ from cleanai.data.images import Images
 from cleanai.measure import deployment
 from cleanai.measure.latency import Times
 from cleanai.measure.provenance import checkpoint_facts
+from cleanai.run import Run
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import EXPORT, SMALL_MODEL, run_record
@@ -87,8 +88,8 @@ def test_a_pattern_that_no_layer_matches_is_refused_before_any_work(digits, comp
     facts = checkpoint_facts(scenario, digits, compute, {})
     prepared = {**facts, "state_dict": SmallNetwork(10).state_dict()}
     args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16)
-    run = stages.Run(scenario, args, compute, digits, facts, prepared)
-    monkeypatch.setattr("cleanai.network.trial.try_network", lambda *_: pytest.fail("a network was run"))
+    run = Run(scenario, args, compute, digits, facts, prepared)
+    monkeypatch.setattr("cleanai.run.try_network", lambda *_: pytest.fail("a network was run"))
     with pytest.raises(
         UserError, match=r"No layer matches 'conv9', .* the layers are stem.0, first.0, second.0, last.0"
     ):

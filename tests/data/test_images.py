@@ -8,9 +8,9 @@ from cleanai import UserError
 from cleanai.cli import Options
 from cleanai.data.images import ImageSet, ImageSettings, balanced_order
 from cleanai.data.sources import load_images
+from cleanai.run import open_run
 from cleanai.runtime.checkpoints import save_checkpoint
 from cleanai.runtime.scenario import Scenario
-from cleanai.stages import open_run
 from tests.helpers import make_image_folder
 
 

@@ -1,0 +1,249 @@
+"""A script at work: its device, images and evaluations, and what scripts 1, 2, 3 and 5 do with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from cleanai.cli import Options
+from cleanai.data.images import Images, ImageSettings
+from cleanai.data.sources import load_images
+from cleanai.measure.provenance import checkpoint_facts, describe_run, find_warnings
+from cleanai.measure.results import Split, measure_results
+from cleanai.measure.robustness import CASES, chosen_images, measure_robustness
+from cleanai.measure.significance import judge_drop
+from cleanai.network.evaluation import Evaluation, evaluate
+from cleanai.network.models import network_from, save_network
+from cleanai.network.training import distil, require_even_shares
+from cleanai.network.trial import copied, try_network
+from cleanai.pruning.layers import find_layers
+from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.repair import REPAIR_BYTES, most_images, recalibrate
+from cleanai.pruning.settings import PruneImages, PruneSettings
+from cleanai.report.wording import Record, repair_stages, wrapped
+from cleanai.runtime.checkpoints import find_checkpoint, load_checkpoint
+from cleanai.runtime.compute import Compute, choose_compute
+from cleanai.runtime.files import file_digest
+from cleanai.runtime.progress import say
+from cleanai.runtime.scenario import Scenario
+from cleanai.search import FURTHEST, Limits, prune_to_limits
+
+
+@dataclass
+class Run:
+    """A script at work: its device and images, and the facts that go into its checkpoints and its record."""
+
+    scenario: Scenario
+    args: Options
+    compute: Compute
+    images: Images
+    facts: dict[str, Any]
+    prepared: dict[str, Any] = field(default_factory=dict)  # the checkpoint of the preparing script
+    split: Split = field(init=False)  # of the test images; set by `load_original`, as the next one
+    repair_images: int = field(init=False)  # training images for the repair
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def save_pretrained(self, network: nn.Module) -> None:
+        """Try the preparing script's network on its images, and save it. With --fresh deletes earlier results."""
+
+        try_network(network, self.images, self.args.batch_size if self.args.epochs else None, self.compute)
+        if self.args.fresh:
+            self.scenario.remove_outputs()
+        # Refuses an interrupted run with other settings.
+        find_checkpoint(self.scenario.pretrained, self.facts["config"], model=self.scenario.model)
+        save_network(self.scenario.pretrained, network, self.facts)
+
+    def load_original(self) -> nn.Module:
+        """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
+        from cleanai.measure.results import Split
+        from cleanai.network.trial import try_network
+
+        scenario, args = self.scenario, self.args
+        self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
+        original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        find_layers(original, args.config.get("keep_layers") or ())
+        if args.epochs:
+            require_even_shares(self.images, args.batch_size)
+        in_batches = args.epochs or args.config.get("repair", "none") != "none"
+        try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
+        self.split = Split.of(self.images, args.config)
+        which = "all" if args.calibrate_on == "train" else "the other"
+        print(
+            f"Calibration uses {len(self.split.calibration):,} {'training' if which == 'all' else 'test'} images; "
+            f"{which} {len(self.split.heldout):,} test images are held out"
+        )
+        self.repair_images = self._count_repair_images(original)
+        if args.fresh:
+            scenario.remove_outputs()
+        return original
+
+    def _count_repair_images(self, network: nn.Module) -> int:
+
+        requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
+        count = min(requested, there, most_images(network, next(self.images.train.batches(1))[0]))
+        if count < requested:
+            why = "there are no more" if count == there else f"more would take over {REPAIR_BYTES >> 30} GiB of memory"
+            print(f"The repair uses {count:,} training images, not {requested:,}: {why}")
+        return count
+
+    def evaluate(self, name: str, network: nn.Module) -> None:
+        """Evaluate a network on all test images and print its accuracy."""
+
+        self.evaluations[name] = evaluate(network, self.images.test, self.compute, f"Evaluating, {name}")
+        print(f"Test accuracy, {name}: {self.evaluations[name].accuracy_percent:.2f}%")
+
+    @property
+    def prune_images(self) -> PruneImages:
+        """The images for pruning."""
+        from cleanai.pruning.settings import PruneImages
+
+        return PruneImages(self.split.calibration, self.images.repair_sample(self.repair_images, self.args.seed))
+
+    @property
+    def prune_settings(self) -> PruneSettings:
+        """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
+        from cleanai.pruning.settings import PruneSettings
+
+        args = self.args
+        ratio, macs_ratio = (
+            FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
+        )
+        repair = "full" if args.repair == "distil" else args.repair  # `_distil` follows after all steps
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
+        return replace(settings, keep_layers=args.keep_layers or ())
+
+    def prune(self, original: nn.Module, importance: tp.importance.Importance) -> tuple[nn.Module, Record]:
+        """Prune a copy of the network by the shares of the options, or up to their limits, and save it.
+
+        Returns it with the report on the pruning.
+        """
+
+        args, work = self.args, (importance, self.prune_images, self.compute, self.prune_settings)
+        if args.ratio == "auto":
+            limits = Limits(args.accept_drop, args.speedup, args.speedup_of)
+            pruned, pruning, unrepaired = prune_to_limits(original, *work, limits)
+        else:
+            pruned = copied(original)
+            pruning, unrepaired = prune_to_budget(pruned, *work)
+        self._save_pruned(pruned, unrepaired, original, pruning)
+        return pruned, pruning
+
+    def find_pruned(self) -> tuple[nn.Module | None, Record]:
+        """The pruned network of an interrupted run with its report, or None and an empty report."""
+        from cleanai.network.evaluation import Evaluation
+
+        path = self.scenario.pruned
+        checkpoint = find_checkpoint(path, self.facts["config"], model=self.scenario.model)
+        if not checkpoint:
+            return None, {}
+        print(f"Found the pruned network of an earlier run: {path}")
+        self.evaluations["pruned"] = Evaluation.stored_in(checkpoint)
+        return self.compute.place(network_from(checkpoint, path)), dict(checkpoint["pruning"])
+
+    def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, original: nn.Module, pruning: Record) -> None:
+        """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`.
+
+        Distillation, where it belongs to the repair, runs here.
+        """
+
+        pruning.update(self._repair_accuracies(network, unrepaired))
+        if self.args.repair == "distil":
+            pruning["accuracy_distilled_percent"] = self._distil(network, original)
+        evaluation = vars(self.evaluations["pruned"])
+        save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
+        print(f"After pruning: {repair_stages(pruning)}")
+
+    def _distil(self, network: nn.Module, original: nn.Module) -> float:
+        """Distil the pruned network, in place, from the original one, and evaluate it again: accuracy in percent."""
+
+        distil(network, original, self.images, self.compute, self.args.batch_size, self.args.seed)
+        self.evaluations["pruned"] = evaluate(network, self.images.test, self.compute, "Evaluating, distilled")
+        return self.evaluations["pruned"].accuracy_percent
+
+    def _repair_accuracies(self, pruned: nn.Module, unrepaired: nn.Module) -> dict[str, float]:
+        """Accuracy as cut and after each part of the repair. Batch norm of `unrepaired` is recalibrated for it."""
+
+        def accuracy(network: nn.Module, title: str) -> float:
+            return evaluate(network, self.images.test, self.compute, title).accuracy_percent
+
+        repair = self.args.repair
+        self.evaluations["pruned"] = evaluate(pruned, self.images.test, self.compute, "Evaluating, pruned")
+        repaired = self.evaluations["pruned"].accuracy_percent
+        if repair == "none":
+            return {"accuracy_raw_percent": repaired}
+        accuracies = {"accuracy_raw_percent": accuracy(unrepaired, "Evaluating as cut")}
+        if repair == "bn":
+            return {**accuracies, "accuracy_recalibrated_percent": repaired}
+        recalibrate(unrepaired, self.prune_images.repair, self.compute, self.args.batch_size, "Recalibrating")
+        accuracies["accuracy_recalibrated_percent"] = accuracy(unrepaired, "Evaluating without reconstruction")
+        return {**accuracies, "accuracy_reconstructed_percent": repaired}
+
+    def record(self, networks: dict[str, nn.Module], pruning: Record, history: list[dict[str, float]]) -> Record:
+        """Measure the networks original, pruned and fine_tuned; return the record of a pruning script."""
+
+        print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
+        measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
+        scenario, accept_drop = self.scenario, self.args.accept_drop
+        return {
+            **self.description(),
+            **measured,
+            **self._robustness(networks, measured["models"]["original"]),
+            **({} if accept_drop is None else {"verdict": self._verdict(accept_drop)}),
+            "pruning": pruning,
+            "history": history,
+            "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
+            "commands": [
+                scenario.of("").command(self.prepared["config"]),
+                scenario.command(self.args.config),
+            ],
+            "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
+        }
+
+    def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:
+        """The entry on disturbed images; none with --robustness-images 0."""
+
+        if self.args.robustness_images == 0:
+            return {}
+        heldout = self.images.test.select(self.split.heldout)
+        chosen = chosen_images(heldout, self.args.robustness_images, original["macs"], self.args.seed)
+        seconds = len(CASES) * len(networks) * len(chosen) / original["throughput_images_per_s"]
+        say(f"Measuring accuracy on {len(chosen):,} disturbed images: about {seconds:.0f} s")
+        return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
+
+    def _verdict(self, accept_drop: float) -> Record:
+
+        before, after = (
+            self.evaluations[name].correct[self.split.heldout].numpy() for name in ("original", "fine_tuned")
+        )
+        return judge_drop(before, after, accept_drop)
+
+    def description(self) -> Record:
+        """The entries of a record that are not measured."""
+
+        calibration = len(self.split.calibration) if self.prepared else None
+        described = describe_run(self.scenario, self.images, self.compute, self.args.config, calibration)
+        return {**described, **({"prepared_with": dict(self.prepared["config"])} if self.prepared else {})}
+
+
+def open_run(scenario: Scenario, args: Options) -> Run:
+    """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
+
+    if getattr(args, "weights", "none") not in ("imagenet", "none"):
+        scenario.refuse_own_file(args.weights)
+    compiled = "compile" in args and args.compile
+    compute = choose_compute(args.device, args.precision, args.deterministic, compiled)
+    if "timing_seconds" in args:
+        compute = replace(compute, timing_s=args.timing_seconds)
+    print(wrapped(compute.description))
+    prepared = {}
+    if scenario.method:
+        prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
+    settings = ImageSettings.of(prepared["config"] if prepared else args.config)
+    images = load_images(args.dataset, args.data_dir, settings)
+    images = images.normalised_by(*((prepared["mean"], prepared["std"]) if prepared else (args.mean, args.std)))
+    images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
+    print(f"Training images are {images.augmentation}")
+    return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config), prepared)
