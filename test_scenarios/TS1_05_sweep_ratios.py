@@ -31,7 +31,7 @@ SETTINGS = {  # each is also an option: --ratios, --test-samples, ...
     "repair_batches": 8,  # of training images; labels are not used
     "batch_size": 128,  # if GPU memory runs out: 64 or 32
     "lr": 0.001,  # the peak, between a linear rise and a linear fall
-    "weight_decay": 0.0,
+    "weight_decay": 0.0001,
     "train_samples": None,  # all
     "test_samples": None,  # all held-out ones
     "seed": 0,
