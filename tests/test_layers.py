@@ -5,7 +5,7 @@ import ast
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 from tests.helpers import ended, started
 
-TOP = ("cli", "exit", "run", "search", "stages", "sweep")
+TOP = ("cli", "exit", "options", "run", "search", "stages", "sweep")
 FOLDERS = {
     "runtime": (),
     "data": ("runtime",),
