@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 from cleanai import UserError
 from cleanai.network.models import download_imagenet_weights, imagenet_url
 from cleanai.runtime.checkpoints import load_plain_data, verified_size
-from cleanai.runtime.files import one_line
+from cleanai.runtime.files import one_line, printable
 from cleanai.runtime.foreign import foreign_code
 
 _WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
@@ -49,12 +51,16 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     data is unpickled. Raises UserError when the file is damaged or holds anything else.
     """
     content: Any
+    how = "save them with torch.save(network.state_dict(), FILE), or as .safetensors"
 
     def explain(error: BaseException) -> UserError:
-        return UserError(
-            f"{path} cannot be read as weights ({one_line(error)[:200]}). Save them with "
-            "torch.save(network.state_dict(), FILE), or as .safetensors"
-        )
+        if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+            reason = "it is not a file that torch.save wrote, or it is damaged"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "it holds a whole network or other Python objects, which are not loaded"
+        else:
+            reason = textwrap.shorten(one_line(error), 200, placeholder=" ...")
+        return UserError(f"{path} cannot be read as weights ({reason}): {how}")
 
     with foreign_code(explain, (OSError,)):  # a pickle can make torch.load raise anything
         if path.suffix == ".safetensors":
@@ -68,7 +74,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _WRAPPERS):
         content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict: save one with torch.save(network.state_dict(), FILE)")
+        entries = list(map(str, content)) if isinstance(content, dict) else []
+        names = textwrap.shorten(printable(", ".join(entries)), 100, placeholder=" ...")
+        has = f" at its top or under {' or '.join(_WRAPPERS)}; its entries are {names}" if entries else ""
+        raise UserError(f"{path} holds no state dict{has}: {how}")
     return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
 
 
