@@ -104,7 +104,9 @@ def _read(path: str) -> Image.Image:
             with Image.open(path) as image:
                 return _rgb(image)
     except BROKEN as error:
-        raise UserError(f"Broken image file: {path} ({one_line(error)}). Replace or remove it") from error
+        unknown = "it is empty" if Path(path).stat().st_size == 0 else "its format is not recognised"
+        reason = unknown if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
+        raise UserError(f"Broken image file: {path} ({reason}). Replace or remove it") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -30,8 +30,11 @@ _NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "condit
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
     """Whether `data_dir/dataset` is an image folder: it has a part called train or test."""
-    folder = data_dir / dataset
-    return bool(re.fullmatch(r"[\w-]+", dataset)) and any((folder / part).is_dir() for part in ("train", "test"))
+    return _is_name(dataset) and any((data_dir / dataset / part).is_dir() for part in ("train", "test"))
+
+
+def _is_name(dataset: str) -> bool:
+    return bool(re.fullmatch(r"[\w-]+", dataset))
 
 
 def usual_flip(dataset: str) -> str:
@@ -47,11 +50,16 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
     too_deep = next(folder.glob("*/train"), None) if dataset and not has_image_folder(dataset, data_dir) else None
     if too_deep:
         raise UserError(f"{too_deep.parent} holds {{train,test}}, one folder too deep: move them up into {folder}")
-    if dataset == DOWNLOADABLE and folder.is_dir() and not has_image_folder(dataset, data_dir):
-        raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there, or remove the folder")
-    if dataset not in (EMBEDDED, DOWNLOADABLE) and not has_image_folder(dataset, data_dir):
+    if dataset == EMBEDDED or has_image_folder(dataset, data_dir):
+        return
+    if _is_name(dataset) and folder.is_dir():
+        otherwise = ", or remove the folder" if dataset == DOWNLOADABLE else ""
+        raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there{otherwise}")
+    if dataset != DOWNLOADABLE:
+        there = sorted(path.name for path in data_dir.glob("*") if has_image_folder(path.name, data_dir))
+        *names, last = dict.fromkeys((DOWNLOADABLE, EMBEDDED, *there))
         raise UserError(
-            f"Unknown dataset: {dataset}. Use --dataset {DOWNLOADABLE} or {EMBEDDED}, "
+            f"Unknown dataset: {dataset}. Use --dataset {', '.join(names)} or {last}, "
             f"or put your images into {data_dir / dataset / '{train,test}' / '<class>' / '*.png'}"
         )
 

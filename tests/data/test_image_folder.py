@@ -205,7 +205,7 @@ def _moved_down(part, name):
 PARTS = ("train", "test")
 BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
     "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*train.dog.0\.png"),
-    "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"test.dog.0\.png"),
+    "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"test.dog.0\.png \(it is empty\)"),
     "a pickle": (lambda f: (f / "test/cat/0.png").write_bytes(pickle.dumps([1])), r"test.cat.0\.png"),
     "truncated PNG": (
         lambda f: (f / "test/cat/1.png").write_bytes((f / "test/cat/1.png").read_bytes()[:50]),
@@ -416,7 +416,9 @@ def test_a_dataset_one_folder_too_deep_is_named(tmp_path):
         load_images("Pets", tmp_path)
 
 
-@pytest.mark.parametrize(("dataset", "advice"), [("Digits", "another name"), ("CIFAR10", "holds no images")])
+@pytest.mark.parametrize(
+    ("dataset", "advice"), [("Digits", "another name"), ("CIFAR10", "holds no images"), ("Pets", "no images")]
+)
 def test_a_folder_that_would_be_ignored_is_refused(tmp_path, dataset, advice):
     (make_image_folder(tmp_path / dataset) / "test").rename(tmp_path / dataset / "Test")
     (tmp_path / dataset / "train").rename(tmp_path / dataset / "Train")
@@ -430,7 +432,7 @@ def test_an_unknown_dataset_is_never_replaced_by_another(tmp_path, name):
     make_image_folder(tmp_path / "Pets")
     make_image_folder(tmp_path / "data" / "Dogs")
     load_images("Dogs", tmp_path / "data")
-    with pytest.raises(UserError, match="Unknown dataset: "):
+    with pytest.raises(UserError, match="Unknown dataset: .*Use --dataset CIFAR10, Digits or Dogs, or put"):
         load_images(name, tmp_path / "data")
 
 
