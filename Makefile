@@ -14,6 +14,7 @@ help:
 	@head -2 Makefile
 
 .venv/installed: requirements.txt pyproject.toml
+	@echo "Making an environment in .venv, with PyTorch in it: a few minutes"
 	$(PYTHON) -m venv .venv
 	$(PY) $(INSTALL) --upgrade pip
 	$(PY) $(INSTALL) -r requirements.txt

@@ -6,6 +6,7 @@ A script passes its settings, a dictionary of names and defaults: each is an opt
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cleanai import UserError
-from cleanai.options import COME_WITH, COMMON, DEFAULT_WORDS, SETTINGS, whole
+from cleanai.options import COME_WITH, COMMON, DEFAULT_WORDS, SETTINGS
 from cleanai.runtime import distributed
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.packages import ONNX, require_packages, require_torch_export
@@ -24,7 +25,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if re.search("unrecognized arguments: .*--(image-size|flip|shift)", message):
             message += ": give it to script 1, and this script will do the same"
+        elif message.startswith("unrecognized arguments"):
+            message += self._meant(message)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+    def _meant(self, message: str) -> str:
+        """The options that come closest to the ones that are not known."""
+        given = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        known = [option for action in self._actions for option in action.option_strings]
+        meant = [close for option in given for close in difflib.get_close_matches(option, known, n=1)]
+        return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -68,9 +78,9 @@ def option_parser(description: str, settings: dict[str, Any]) -> argparse.Argume
 
 
 def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], settings: dict[str, Any]) -> None:
-    if name == "epochs" and ("weights" in settings or "ratios" in settings):
+    if name == "epochs":
         what = "0 takes the network in --weights FILE as it is" if "weights" in settings else "0: no fine-tuning"
-        option = {**option, "type": whole(0), "help": f"{option['help']}; {what}"}
+        option = {**option, "help": f"{option['help']}; {what}"}
     default = option.get("default")
     if "action" not in option:
         shown = DEFAULT_WORDS.get(name, "all") if default is None else "%(default)s"

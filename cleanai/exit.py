@@ -19,7 +19,7 @@ from cleanai.runtime import distributed
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
-_STOPPED = "\nInterrupted. The same command, without --fresh, resumes where it stopped."
+_STOPPED = "\nInterrupted. The same command, without --fresh, goes on from the last epoch or stage that was finished."
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program

@@ -111,7 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "metavar": ("R", "G", "B"),
         "help": "standard deviations of the three channels, likewise",
     },
-    "epochs": {"type": whole(1), "help": "epochs of fine-tuning"},
+    "epochs": {"type": whole(0), "help": "epochs of fine-tuning"},
     "batch_size": {
         "type": whole(1),
         "help": "images per training step and per calibration batch; lower it when GPU memory runs out",
@@ -123,7 +123,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "distillation: share of the loss that compares the outputs with those of the original network, at a "
         "temperature of 4; the rest is for the labels; 0 turns it off",
     },
-    "train_samples": {"type": whole(1), "help": "train on that many images, balanced over the classes"},
+    "train_samples": {
+        "type": whole(1),
+        "help": "train on that many images, balanced over the classes; scripts 2, 3 and 5 also repair on these only",
+    },
     "test_samples": {"type": whole(1), "help": "measure accuracy on that many of the held-out test images"},
     "ratio": {
         "type": _share("auto"),

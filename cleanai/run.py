@@ -19,6 +19,7 @@ from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import network_from, save_network
 from cleanai.network.training import distil, require_even_shares
 from cleanai.network.trial import copied, try_network
+from cleanai.network.weights import require_weights
 from cleanai.pruning.layers import find_layers
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import REPAIR_BYTES, most_images, recalibrate
@@ -85,7 +86,9 @@ class Run:
         requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
         count = min(requested, there, most_images(network, next(self.images.train.batches(1))[0]))
         if count < requested:
-            why = "there are no more" if count == there else f"more would take over {REPAIR_BYTES >> 30} GiB of memory"
+            given = self.args.train_samples
+            why = f"--train-samples {given} leaves no more" if given else "there are no more"
+            why = why if count == there else f"more would take over {REPAIR_BYTES >> 30} GiB of memory"
             print(f"The repair uses {count:,} training images, not {requested:,}: {why}")
         return count
 
@@ -154,7 +157,7 @@ class Run:
             pruning["accuracy_distilled_percent"] = self._distil(network, original)
         evaluation = vars(self.evaluations["pruned"])
         save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
-        print(f"After pruning: {repair_stages(pruning)}")
+        print(f"Test accuracy after pruning: {repair_stages(pruning)}")
 
     def _distil(self, network: nn.Module, original: nn.Module) -> float:
         """Distil the pruned network, in place, from the original one, and evaluate it again: accuracy in percent."""
@@ -231,6 +234,8 @@ class Run:
 def open_run(scenario: Scenario, args: Options) -> Run:
     """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
 
+    if "weights" in args:
+        require_weights(scenario.model, args.weights)
     if getattr(args, "weights", "none") not in ("imagenet", "none"):
         scenario.refuse_own_file(args.weights)
     compiled = "compile" in args and args.compile

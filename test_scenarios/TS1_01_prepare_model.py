@@ -55,6 +55,7 @@ def prepare(scenario, args):  # imports PyTorch, which takes seconds: only when 
     import torch
 
     from cleanai.measure.costs import count_parameters
+    from cleanai.measure.provenance import at_chance_level
     from cleanai.network.models import build
     from cleanai.network.training import TrainSettings, fine_tune
     from cleanai.network.weights import start_from
@@ -81,7 +82,8 @@ def prepare(scenario, args):  # imports PyTorch, which takes seconds: only when 
         name: {"accuracy_percent": measured.accuracy_percent, "loss": measured.loss, **parameters}
         for name, measured in evaluations.items()
     }
-    return {**run.description(), "models": models, "history": history}
+    warnings = at_chance_level({"The network": after.accuracy_percent}, after.accuracy_percent, run.images)
+    return {**run.description(), "models": models, "history": history, "warnings": warnings}
 
 
 if __name__ == "__main__":

@@ -235,6 +235,7 @@ def preparation_record() -> dict[str, Any]:
             "after": {"accuracy_percent": 92.0, "loss": 0.25, **size},
         },
         "history": _history(20),
+        "warnings": [],
     }
 
 

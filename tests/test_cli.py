@@ -72,7 +72,8 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (1, ["--round-to", "0"], "--round-to: 0 "),
         (1, ["--repair", "half"], "--repair"),
         (0, ["--epochs", "0"], "--epochs: 0 takes a trained network as it is"),
-        (1, ["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1"),
+        (0, ["--epoch", "2", "--wieghts=none"], "did you mean --epochs, --weights?"),
+        (1, ["--epochs", "-1"], "--epochs: -1 is not a whole number of at least 0"),
         (0, ["--weight-decay", "-1"], "--weight-decay: -1 "),
         (0, ["--mean", "123", "116", "103"], "--mean: 123 is not a number between 0 and 1, 1 excluded"),
         (0, ["--mean", "0.5", "0.5"], "--mean: expected 3 arguments"),
@@ -181,7 +182,10 @@ def test_too_little_memory_says_what_to_lower(error, capsys):
 def test_an_interruption_says_how_to_resume(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
-    assert message == "\nInterrupted. The same command, without --fresh, resumes where it stopped.\n"
+    assert (
+        message
+        == "\nInterrupted. The same command, without --fresh, goes on from the last epoch or stage that was finished.\n"
+    )
 
 
 def test_an_interruption_that_became_another_error_is_still_one(capsys, monkeypatch):

@@ -98,23 +98,29 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
     }
 
 
-def find_warnings(models: dict[str, Any], layers: list[dict[str, Any]], images: Images) -> list[str]:
-    """Warnings about a pruning script's record, from its `models` and `layers`.
+def at_chance_level(percents: dict[str, float], original_percent: float, images: Images) -> list[str]:
+    """A warning about each network that is at chance level, from the accuracies by the networks' names.
 
-    A network is at chance level when its accuracy above guessing is at most a tenth of the original network's, or
-    within three standard deviations of guessing on the test images.
+    That is an accuracy above guessing of at most a tenth of the original network's, or within three standard deviations
+    of guessing on the test images.
     """
     guessing = 1 / len(images.classes)
-    above_guessing = max(0.0, models["original"]["accuracy_percent"] / 100 - guessing)
+    above_guessing = max(0.0, original_percent / 100 - guessing)
     noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
     limit_percent = 100 * (guessing + max(above_guessing / 10, noise))
-    stages = {"original": "The original network", "pruned": "The pruned network", "fine_tuned": "The final network"}
-    warnings = [
-        f"{stage} is at chance level: {models[name]['accuracy_percent']:.2f}% accuracy, and guessing among "
-        f"{len(images.classes)} classes gives {100 * guessing:.2f}%"
-        for name, stage in stages.items()
-        if models[name]["accuracy_percent"] <= limit_percent
+    return [
+        f"{name} is at chance level: {percent:.2f}% accuracy, and guessing among {len(images.classes)} classes gives "
+        f"{100 * guessing:.2f}%"
+        for name, percent in percents.items()
+        if percent <= limit_percent
     ]
+
+
+def find_warnings(models: dict[str, Any], layers: list[dict[str, Any]], images: Images) -> list[str]:
+    """Warnings about a pruning script's record, from its `models` and `layers`."""
+    stages = {"original": "The original network", "pruned": "The pruned network", "fine_tuned": "The final network"}
+    percents = {stage: models[name]["accuracy_percent"] for name, stage in stages.items()}
+    warnings = at_chance_level(percents, models["original"]["accuracy_percent"], images)
     thin = [layer for layer in layers if layer["channels_after"] <= FEW_CHANNELS * layer["channels_before"]]
     if thin:
         widths = ", ".join(f"{x['name']} {x['channels_after']} of {x['channels_before']}" for x in thin)

@@ -171,13 +171,14 @@ def _print_estimate(network: nn.Module, images: Images, compute: Compute, settin
     step = TrainingStep(copy.deepcopy(network).train(), images.train, compute, teacher=settings.teacher)
     batch = torch.arange(min(settings.batch_size, len(images.train)), device=images.train.pixels.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
-    for number in range(6):
-        if number == 4:  # the first steps choose algorithms and allocate memory
-            compute.synchronize()
-            started = time.perf_counter()
+    times = []
+    for _ in range(6):
+        compute.synchronize()
+        started = time.perf_counter()
         step(batch, moves, rate=1e-6)
-    compute.synchronize()
-    seconds_per_image = (time.perf_counter() - started) / 2 / len(batch)
+        compute.synchronize()
+        times.append(time.perf_counter() - started)
+    seconds_per_image = min(times[-2:]) / len(batch)  # the first steps choose algorithms and allocate memory
     # A training step costs three forward passes, and one of the teacher.
     seconds = seconds_per_image * (len(images.train) + len(images.test) / 3)
     print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {epochs * seconds / 60:.1f} minutes")

@@ -44,6 +44,14 @@ def start_from(
     return network
 
 
+def require_weights(model: str, weights: str | Path) -> None:
+    """Raise the UserErrors of `start_from` that do not depend on the network's shapes, before anything is loaded."""
+    if weights == "imagenet":
+        imagenet_url(model)
+    elif weights != "none":
+        read_weights(Path(weights))
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in `path`, on the CPU: a .safetensors file, or what torch.save wrote.
 

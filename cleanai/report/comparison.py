@@ -65,7 +65,7 @@ def compare_methods(scenario: Scenario) -> Record:
         ],
         "warnings": [f"{method_title(method)}: {text}" for method, run in runs.items() for text in run["warnings"]],
         "notes": [*_notes(runs), *_other_times(runs)],
-        "remarks": [*remarks, *_other_settings(runs)],
+        "remarks": remarks,
     }
     return {**record, "answer": _answer(record)}
 
@@ -89,15 +89,17 @@ def _difference(flags: _Flags, stage: str, first: str, second: str) -> dict[str,
 
 
 def _other_settings(runs: _Runs) -> list[str]:
-    """For each setting that differs between the methods, its values."""
+    """The settings that differ between the methods: a sentence, or none."""
     configs = {method_title(method): run["config"] for method, run in runs.items()}
-    remarks = []
+    differing = []
     for key in dict.fromkeys(key for config in configs.values() for key in config):
         values = {name: config[key] for name, config in configs.items() if key in config}
-        if len(values) > 1 and len({str(value) for value in values.values()}) > 1:
+        if len({str(value) for value in values.values()}) > 1:
             shown = ", ".join(f"{value} for {name}" for name, value in values.items())
-            remarks.append(f"The settings differ: --{key.replace('_', '-')} {shown}")
-    return remarks
+            differing.append(f"--{key.replace('_', '-')} {shown}")
+    if not differing:
+        return []
+    return [f"Their settings differ, so networks are compared here, not methods: {'; '.join(differing)}."]
 
 
 def _notes(runs: _Runs) -> list[str]:
@@ -136,10 +138,12 @@ def _answer(record: Record) -> list[str]:
             f"and {run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
             f"{speedup(run['models']):.2f} times as fast, and {change}.{_allowed(run, tested)}"
         )
+    sentences += _other_settings(runs)
+    when = "After fine-tuning" if any(run["config"]["epochs"] for run in runs.values()) else "Without fine-tuning"
     for first, second in combinations(runs, 2):
         if (first, second) in differences:
             tested = differences[first, second]
-            sentences.append(_between(first, second, tested) + _allowed(runs[first], tested))
+            sentences.append(f"{when} {_between(first, second, tested)}{_allowed(runs[first], tested)}")
     return sentences
 
 
@@ -147,9 +151,9 @@ def _between(first: str, second: str, difference: Record) -> str:
     points = difference["difference_points"]
     if not points:
         same = "are equal" if is_narrow(difference["interval_points"]) else "classify as many held-out images correctly"
-        return f"After fine-tuning {method_title(first)} and {method_title(second)} {same}."
+        return f"{method_title(first)} and {method_title(second)} {same}."
     ahead, behind = map(method_title, (first, second) if points < 0 else (second, first))
-    return f"After fine-tuning {ahead} is {abs(points):.2f} points ahead of {behind}, {verdict(difference['p_value'])}."
+    return f"{ahead} is {abs(points):.2f} points ahead of {behind}, {verdict(difference['p_value'])}."
 
 
 def _allowed(run: Record, difference: Record) -> str:

@@ -99,6 +99,8 @@ def original_line(record: Record) -> str:
     """How the network that all methods started from was made."""
     run, preparation = any_run(record), record["preparation"]
     line = f"Original network: {prepared_with(run)}"
+    if not run["prepared_with"]["epochs"]:
+        return line
     if preparation and all(run["prepared_with"].get(key) == value for key, value in preparation["config"].items()):
         before = preparation["models"]["before"]["accuracy_percent"]
         return f"{line}; test accuracy {before:.2f}% before that training"

@@ -11,7 +11,8 @@ _FEW_CALLS = 30
 
 def notes(record: Record) -> list[str]:
     """The notes on a pruning script's record; an older record may lack what some of them are about."""
-    return [*_not_reached(record), *_worse_after_fine_tuning(record), *_busy(record), *_bounded(record)]
+    untrained = [] if record["config"]["epochs"] else ["The final network is the pruned one: it was not fine-tuned."]
+    return [*untrained, *_not_reached(record), *_worse_after_fine_tuning(record), *_busy(record), *_bounded(record)]
 
 
 def path_end(record: Record) -> str:
@@ -64,10 +65,18 @@ def _busy(record: Record) -> list[str]:
     exported = record.get("export", {}).get("latency_ms", {}).values()
     beside = [latency.get("spread_percent", 0) for runtime in exported for latency in runtime.values()]
     kinds = {"single images": max(singles), "batches": max(batches), "exported networks": max(beside, default=0)}
-    busy = [f"{spread:.0f}% ({kind})" for kind, spread in kinds.items() if spread > BUSY_PERCENT]
+    busy = [
+        f"{f'{spread:.0f}%' if spread < 100 else f'a factor of {1 + spread / 100:.0f}'} ({kind})"
+        for kind, spread in kinds.items()
+        if spread > BUSY_PERCENT
+    ]
     if not busy:
         return []
-    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. Read the times with care."]
+    advice = "Read the times with care; the speedup is of the medians, which vary less than the averages."
+    if max(kinds.values()) >= 100:
+        again = f"move {record['scenario']}.json away, and the same command measures again"
+        advice = f"Times that vary by a factor are of no use: {again}."
+    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. {advice}"]
 
 
 def _bounded(record: Record) -> list[str]:

@@ -51,7 +51,7 @@ def pdf_report(record: Record) -> bytes:
         *section("Summary", *_verdict(record), *map(lead, [*_answer(record), *notes(record)]), text(_TERMS)),
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *(section("How far the pruning went", *_path(record)) if "path" in record["pruning"] else []),
-        *section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record))),
+        *_fine_tuning(record),
         *section("Layers before and after pruning", *_layers(record)),
         *(section("Sensitivity of the layers", *_sensitivity(record)) if record["pruning"].get("sensitivity") else []),
         *section("Test coverage", *coverage(record)),
@@ -71,9 +71,10 @@ def pdf_report(record: Record) -> bytes:
 
 def _what_was_done(record: Record) -> str:
     config, dataset = record["config"], record["dataset"]
+    trained = f"then {counted(config['epochs'], 'epoch')} of fine-tuning on {dataset['train_images']:,} images of"
     return (
-        f"{record['scenario']}: {pruning_goal(record)}, then {counted(config['epochs'], 'epoch')} of fine-tuning on "
-        f"{dataset['train_images']:,} images of {dataset['name']} ({dataset['source']}). "
+        f"{record['scenario']}: {pruning_goal(record)}, {trained if config['epochs'] else 'without fine-tuning, on'} "
+        f"{dataset['name']} ({dataset['source']}). "
         f"Original network: {prepared_with(record)}."
     )
 
@@ -98,8 +99,8 @@ def _answer(record: Record) -> list[str]:
     size, (size_before, _, size_after) = in_unit("size_mib", [models[name]["size_mib"] for name in STAGES])
     time, (time_before, _, time_after) = in_unit("ms", [models[name]["latency_ms"]["p50"] for name in STAGES])
     return [
-        f"Pruned and fine-tuned, the network {change}: it classifies {after:.2f}% of the "
-        f"{heldout_images(record):,} held-out test images correctly, {beside}.",
+        f"{'Pruned and fine-tuned' if record['history'] else 'Pruned'}, the network {change}: it classifies "
+        f"{after:.2f}% of the {heldout_images(record):,} held-out test images correctly, {beside}.",
         f"It has {summary['parameter_reduction_percent']:.1f}% fewer parameters and "
         f"{summary['macs_reduction_percent']:.1f}% fewer FLOPs, takes {size_after} {size} instead of "
         f"{size_before} {size}, and is {speedup(models):.2f} times as fast on single images "
@@ -123,6 +124,12 @@ def _comparison(record: Record) -> Table:
 
 def _timing(record: Record) -> list[Any]:
     return [*map(text, timing_lines(record)), Spacer(1, 6)]
+
+
+def _fine_tuning(record: Record) -> list[Any]:
+    if not record["history"]:
+        return section("Repair", text(f"Test accuracy after pruning: {repair_stages(record['pruning'])}."))
+    return section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record)))
 
 
 def _epochs_note(record: Record) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cleanai.measure.significance import compare_paired, verdict
+from cleanai.report.comparison import heldout_flags
 from cleanai.report.notes import notes
 from cleanai.report.wording import (
     FULL_BATCH,
@@ -10,6 +12,7 @@ from cleanai.report.wording import (
     Record,
     changed_predictions,
     in_unit,
+    interval_text,
     method_title,
     robustness_summary,
     speedup,
@@ -41,6 +44,8 @@ def preparation_table(record: Record) -> str:
             *(f"{label:<30}{form.format(before[key]):>20}{form.format(after[key]):>26}" for label, form, key in rows),
             "-" * 80,
             f"✓ Accuracy Improvement: {gain:+.2f}%",
+            *([] if record["config"]["epochs"] else ["", "Note: the network was taken as it is, not fine-tuned."]),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record.get("warnings", [])),
         ]
     )
 
@@ -147,12 +152,25 @@ def comparison_table(record: Record) -> str:
             "",
             "Summary",
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
-            *("\n" + wrapped(sentence) for sentence in [*changed_predictions(record), *robustness_summary(record)]),
+            *(
+                "\n" + wrapped(sentence)
+                for sentence in [_change(record), *changed_predictions(record), *robustness_summary(record)]
+            ),
             *_deployed(record),
             *(["", wrapped(judged)] if judged else []),
             *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
             *("\n" + wrapped(f"Note: {note}") for note in notes(record)),
         ]
+    )
+
+
+def _change(record: Record) -> str:
+    """How sure the change of held-out accuracy is."""
+    flags = heldout_flags(record)
+    tested = compare_paired(flags["original"], flags["fine_tuned"])
+    return (
+        f"Held-out accuracy changed by {tested['difference_points']:+.2f} points, {verdict(tested['p_value'])}; 95% "
+        f"interval {interval_text(tested['interval_points'])} points."
     )
 
 

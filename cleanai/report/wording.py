@@ -69,6 +69,8 @@ def prepared_with(record: Record) -> str:
     weights = {"imagenet": "ImageNet weights", "none": "random weights"}.get(config["weights"])
     if weights is None:
         weights = f"{config['weights']} ({config['weights_sha256'][:8]}…)"
+    if not config["epochs"]:
+        return f"from {weights}, taken as it is"
     samples = f" on {config['train_samples']:,} images" if config["train_samples"] else ""
     return f"from {weights}, {counted(config['epochs'], 'epoch')}{samples}, seed {config['seed']}"
 

@@ -432,7 +432,7 @@ def test_an_unknown_dataset_is_never_replaced_by_another(tmp_path, name):
     make_image_folder(tmp_path / "Pets")
     make_image_folder(tmp_path / "data" / "Dogs")
     load_images("Dogs", tmp_path / "data")
-    with pytest.raises(UserError, match="Unknown dataset: .*Use --dataset CIFAR10, Digits or Dogs, or put"):
+    with pytest.raises(UserError, match=r"Unknown dataset: .*Use --dataset CIFAR10, Digits or Dogs, or put"):
         load_images(name, tmp_path / "data")
 
 

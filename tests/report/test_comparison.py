@@ -199,9 +199,18 @@ def test_other_images_are_not_compared_with_each_other(records, tmp_path):
 
 def test_other_settings_are_named(records, tmp_path):
     records["Wanda"]["config"]["epochs"] = 30
-    printed = comparison_text(compared(tmp_path, records))
-    assert "- The settings differ: --epochs 3 for Neuron Coverage, 30 for WANDA" in printed
-    assert "--coverage-metric" not in printed
+    *of_methods, settings, between = compared(tmp_path, records)["answer"]
+    assert len(of_methods) == 2 and between.startswith("After fine-tuning ")
+    assert settings == (
+        "Their settings differ, so networks are compared here, not methods: --epochs 3 for Neuron Coverage, 30 for "
+        "WANDA."
+    )
+
+
+def test_networks_that_were_not_fine_tuned_are_compared_as_such(records, tmp_path):
+    for method in TITLES:
+        records[method]["config"]["epochs"] = 0
+    assert compared(tmp_path, records)["answer"][-1].startswith("Without fine-tuning ")
 
 
 @pytest.mark.parametrize("damage", ["no summary", "no latency", "no JSON", "edited"])

@@ -44,6 +44,9 @@ Summary
   Final Accuracy Drop                                      -0.30%
   FLOPs Reduction                                         20.00%
 
+Held-out accuracy changed by -0.30 points, not significant (p = 0.290); 95% interval -0.82 to +0.21
+points.
+
 The final network predicts another class than the original one on 143 of the 4,000 held-out test
 images (3.58%): 60 right to wrong, 48 wrong to right, 35 wrong to another wrong.
 
@@ -53,6 +56,15 @@ accuracy is 64.25%, that of the original network 65.25%."""
 
 def test_preparation_table_is_the_specified_one():
     assert preparation_table(preparation_record()) == PREPARATION_TABLE
+
+
+def test_what_was_not_trained_or_learnt_nothing_is_said_under_the_preparation():
+    record = preparation_record()
+    record["config"]["epochs"], record["warnings"] = 0, ["The network is at chance level"]
+    _, below = preparation_table(record).split(PREPARATION_TABLE)
+    assert below == (
+        "\n\nNote: the network was taken as it is, not fine-tuned.\n\n!!! WARNING: The network is at chance level"
+    )
 
 
 def test_comparison_table_is_the_specified_one():
@@ -111,8 +123,10 @@ def test_origin_names_source_and_held_out_images():
 
 def test_origin_names_a_file_of_weights_with_its_checksum():
     record = run_record()
-    record["prepared_with"].update(weights="own.pth", weights_sha256="0123456789abcdef", epochs=0)
-    assert origin_lines(record)[-1] == "Original network: from own.pth (01234567…), 0 epochs, seed 0"
+    record["prepared_with"].update(weights="own.pth", weights_sha256="0123456789abcdef")
+    assert origin_lines(record)[-1] == "Original network: from own.pth (01234567…), 20 epochs, seed 0"
+    record["prepared_with"].update(epochs=0)
+    assert origin_lines(record)[-1] == "Original network: from own.pth (01234567…), taken as it is"
 
 
 def test_an_exported_network_is_timed_beside_pytorch():

@@ -290,10 +290,10 @@ def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(sma
     assert _scenario(tmp_path, "Coverage", model=SMALL_MODEL).report.exists()
 
 
-def test_the_repair_may_end_with_a_distillation(small_run, tmp_path):
+def test_the_repair_may_end_with_a_distillation_and_no_training_may_follow(small_run, tmp_path):
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
-    result = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "1", "--repair", "distil")
+    result = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--epochs", "0", "--repair", "distil")
     assert result.returncode == 0, result.stderr
     old, new = _record(folder, "Wanda", model=SMALL_MODEL), _record(tmp_path, "Wanda", model=SMALL_MODEL)
     before, after = old["pruning"], new["pruning"]
@@ -301,6 +301,10 @@ def test_the_repair_may_end_with_a_distillation(small_run, tmp_path):
     assert after["accuracy_distilled_percent"] == new["models"]["pruned"]["accuracy_percent"]
     assert after["accuracy_distilled_percent"] != after["accuracy_reconstructed_percent"]
     assert f"{after['accuracy_distilled_percent']:.2f}% distilled" in result.stdout
+    scenario = _scenario(tmp_path, "Wanda", model=SMALL_MODEL)
+    states = [load_network(path, SMALL_MODEL).state_dict() for path in (scenario.pruned, scenario.final)]
+    assert all(map(torch.equal, *(state.values() for state in states))) and new["history"] == []
+    assert "it was not fine-tuned" in pdf_text(scenario.report.read_bytes())
 
 
 def test_a_lost_report_is_made_again_from_the_record_and_half_written_ones_are_removed(small_run, tmp_path):
