@@ -51,8 +51,8 @@ def main() -> None:
     if any(configs[0].get(name) != configs[1].get(name) for name in SAME):
         raise UserError("Scripts 2 and 3 were run with different settings: run both with the same, --fresh")
     config = configs[0]
-    if config["ratio"] == "auto" or config["repair"] == "distil" or config.get("distil"):
-        raise UserError("The controls are for runs with a --ratio, without distillation")
+    if config["ratio"] == "auto" or config["repair"] == "distil" or config.get("distil") or not config["epochs"]:
+        raise UserError("The controls are for runs with a --ratio and with fine-tuning, without distillation")
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)

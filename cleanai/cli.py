@@ -30,10 +30,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
     def _meant(self, message: str) -> str:
-        """The options that come closest to the ones that are not known."""
+        """The options that come closest to the ones that no script has."""
         given = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        given = [option for option in given if option[2:].replace("-", "_") not in {**SETTINGS, **COMMON}]
         known = [option for action in self._actions for option in action.option_strings]
-        meant = [close for option in given for close in difflib.get_close_matches(option, known, n=1)]
+        meant = dict.fromkeys(close for option in given for close in difflib.get_close_matches(option, known, n=1))
         return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
@@ -108,6 +109,8 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):
         parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} are not rising")
+    if "distil" in settings and args.distil and args.epochs == 0:
+        parser.error("argument --distil: it is for fine-tuning, and --epochs 0 leaves that out")
     if {"weights", "epochs"} <= settings.keys() and args.epochs == 0 and not isinstance(args.weights, Path):
         parser.error("argument --epochs: 0 takes a trained network as it is: name its file with --weights")
     processes = distributed.processes()

@@ -12,7 +12,7 @@ from cleanai.runtime.files import printable
 from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT
 
 
-def whole(least: int) -> Callable[[str], int]:
+def _whole(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
@@ -79,7 +79,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "CIFAR10 (downloaded), Digits (embedded, small), or an image folder in --data-dir",
     },
     "image_size": {
-        "type": whole(1),
+        "type": _whole(1),
         "help": "resize the shorter side of each image to that many pixels and crop the longer one to its middle; "
         "scripts 2, 3 and 5 take it, --flip and --shift from the network of script 1",
     },
@@ -111,9 +111,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "metavar": ("R", "G", "B"),
         "help": "standard deviations of the three channels, likewise",
     },
-    "epochs": {"type": whole(0), "help": "epochs of fine-tuning"},
+    "epochs": {"type": _whole(0), "help": "epochs of fine-tuning"},
     "batch_size": {
-        "type": whole(1),
+        "type": _whole(1),
         "help": "images per training step and per calibration batch; lower it when GPU memory runs out",
     },
     "lr": {"type": _between(0, 10), "help": "peak learning rate of Adam"},
@@ -124,10 +124,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature of 4; the rest is for the labels; 0 turns it off",
     },
     "train_samples": {
-        "type": whole(1),
+        "type": _whole(1),
         "help": "train on that many images, balanced over the classes; scripts 2, 3 and 5 also repair on these only",
     },
-    "test_samples": {"type": whole(1), "help": "measure accuracy on that many of the held-out test images"},
+    "test_samples": {"type": _whole(1), "help": "measure accuracy on that many of the held-out test images"},
     "ratio": {
         "type": _share("auto"),
         "help": "share of the parameters to remove, between 0 and 1; none = no limit; auto = in steps of 5%% until "
@@ -159,9 +159,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "help": "rising shares of the parameters and of the FLOPs to remove; each ratio is one pruning step",
     },
-    "steps": {"type": whole(1), "help": "prune in that many steps, scoring the channels again in each"},
+    "steps": {"type": _whole(1), "help": "prune in that many steps, scoring the channels again in each"},
     "round_to": {
-        "type": whole(1),
+        "type": _whole(1),
         "nargs": "+",
         "help": "keep layer widths multiples of the first of these that can meet the ratios; 1 allows any width",
     },
@@ -172,12 +172,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "outputs, which takes minutes on a CPU; bn only recalibrates batch norm; none does nothing",
     },
     "repair_batches": {
-        "type": whole(1),
+        "type": _whole(1),
         "help": "batches of training images for the repair, or as many as "
         "take about 3 GiB of memory; labels are not used",
     },
     "calibration_batches": {
-        "type": whole(1),
+        "type": _whole(1),
         "help": "batches of images to score channels on; of test images at most three quarters are used",
     },
     "calibrate_on": {
@@ -189,7 +189,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),
         "help": "how the coverage of a channel is measured",
     },
-    "seed": {"type": whole(0), "help": "random seed"},
+    "seed": {"type": _whole(0), "help": "random seed"},
     "precision": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
         "help": "precision of training and evaluation; auto takes the fastest that the hardware supports",
@@ -219,7 +219,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "help": "about how many seconds each timing of the networks may take; less makes the times less certain",
     },
     "robustness_images": {
-        "type": whole(0),
+        "type": _whole(0),
         "help": "measure accuracy also on that many held-out test images with noise, blur, changed brightness and "
         "contrast, and JPEG compression; 0 leaves it out",
     },

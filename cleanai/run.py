@@ -49,7 +49,6 @@ class Run:
 
     def save_pretrained(self, network: nn.Module) -> None:
         """Try the preparing script's network on its images, and save it. With --fresh deletes earlier results."""
-
         try_network(network, self.images, self.args.batch_size if self.args.epochs else None, self.compute)
         if self.args.fresh:
             self.scenario.remove_outputs()
@@ -59,14 +58,11 @@ class Run:
 
     def load_original(self) -> nn.Module:
         """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
-        from cleanai.measure.results import Split
-        from cleanai.network.trial import try_network
-
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
         find_layers(original, args.config.get("keep_layers") or ())
-        if args.epochs:
+        if args.epochs or args.config.get("repair") == "distil":
             require_even_shares(self.images, args.batch_size)
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
@@ -82,7 +78,6 @@ class Run:
         return original
 
     def _count_repair_images(self, network: nn.Module) -> int:
-
         requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
         count = min(requested, there, most_images(network, next(self.images.train.batches(1))[0]))
         if count < requested:
@@ -94,22 +89,17 @@ class Run:
 
     def evaluate(self, name: str, network: nn.Module) -> None:
         """Evaluate a network on all test images and print its accuracy."""
-
         self.evaluations[name] = evaluate(network, self.images.test, self.compute, f"Evaluating, {name}")
         print(f"Test accuracy, {name}: {self.evaluations[name].accuracy_percent:.2f}%")
 
     @property
     def prune_images(self) -> PruneImages:
         """The images for pruning."""
-        from cleanai.pruning.settings import PruneImages
-
         return PruneImages(self.split.calibration, self.images.repair_sample(self.repair_images, self.args.seed))
 
     @property
     def prune_settings(self) -> PruneSettings:
         """The settings of the pruning. With --ratio auto the shares only say which cost is left free."""
-        from cleanai.pruning.settings import PruneSettings
-
         args = self.args
         ratio, macs_ratio = (
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
@@ -123,7 +113,6 @@ class Run:
 
         Returns it with the report on the pruning.
         """
-
         args, work = self.args, (importance, self.prune_images, self.compute, self.prune_settings)
         if args.ratio == "auto":
             limits = Limits(args.accept_drop, args.speedup, args.speedup_of)
@@ -136,8 +125,6 @@ class Run:
 
     def find_pruned(self) -> tuple[nn.Module | None, Record]:
         """The pruned network of an interrupted run with its report, or None and an empty report."""
-        from cleanai.network.evaluation import Evaluation
-
         path = self.scenario.pruned
         checkpoint = find_checkpoint(path, self.facts["config"], model=self.scenario.model)
         if not checkpoint:
@@ -151,7 +138,6 @@ class Run:
 
         Distillation, where it belongs to the repair, runs here.
         """
-
         pruning.update(self._repair_accuracies(network, unrepaired))
         if self.args.repair == "distil":
             pruning["accuracy_distilled_percent"] = self._distil(network, original)
@@ -161,7 +147,6 @@ class Run:
 
     def _distil(self, network: nn.Module, original: nn.Module) -> float:
         """Distil the pruned network, in place, from the original one, and evaluate it again: accuracy in percent."""
-
         distil(network, original, self.images, self.compute, self.args.batch_size, self.args.seed)
         self.evaluations["pruned"] = evaluate(network, self.images.test, self.compute, "Evaluating, distilled")
         return self.evaluations["pruned"].accuracy_percent
@@ -186,7 +171,6 @@ class Run:
 
     def record(self, networks: dict[str, nn.Module], pruning: Record, history: list[dict[str, float]]) -> Record:
         """Measure the networks original, pruned and fine_tuned; return the record of a pruning script."""
-
         print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
         scenario, accept_drop = self.scenario, self.args.accept_drop
@@ -207,7 +191,6 @@ class Run:
 
     def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:
         """The entry on disturbed images; none with --robustness-images 0."""
-
         if self.args.robustness_images == 0:
             return {}
         heldout = self.images.test.select(self.split.heldout)
@@ -217,7 +200,6 @@ class Run:
         return {"robustness": {"images": len(chosen), "rows": measure_robustness(networks, chosen, self.compute)}}
 
     def _verdict(self, accept_drop: float) -> Record:
-
         before, after = (
             self.evaluations[name].correct[self.split.heldout].numpy() for name in ("original", "fine_tuned")
         )
@@ -225,7 +207,6 @@ class Run:
 
     def description(self) -> Record:
         """The entries of a record that are not measured."""
-
         calibration = len(self.split.calibration) if self.prepared else None
         described = describe_run(self.scenario, self.images, self.compute, self.args.config, calibration)
         return {**described, **({"prepared_with": dict(self.prepared["config"])} if self.prepared else {})}
@@ -233,7 +214,6 @@ class Run:
 
 def open_run(scenario: Scenario, args: Options) -> Run:
     """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
-
     if "weights" in args:
         require_weights(scenario.model, args.weights)
     if getattr(args, "weights", "none") not in ("imagenet", "none"):

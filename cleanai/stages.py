@@ -5,9 +5,8 @@ PyTorch, which takes seconds to import, is imported only for an export.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cleanai import UserError
+from cleanai.cli import Options
 from cleanai.report.run_text import comparison_table
 from cleanai.report.wording import Record, exported_as, origin_lines, wrapped
 from cleanai.runtime.checkpoints import find_record, write_record
@@ -16,9 +15,6 @@ from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
 NOT_PASSED = 3  # the exit status of --strict
-
-if TYPE_CHECKING:
-    from cleanai.cli import Options
 
 
 def finished_record(scenario: Scenario, args: Options) -> Record | None:

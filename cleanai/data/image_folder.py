@@ -104,8 +104,9 @@ def _read(path: str) -> Image.Image:
             with Image.open(path) as image:
                 return _rgb(image)
     except BROKEN as error:
-        unknown = "it is empty" if Path(path).stat().st_size == 0 else "its format is not recognised"
-        reason = unknown if isinstance(error, PIL.UnidentifiedImageError) else one_line(error)
+        reason = one_line(error)
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = "its format is not recognised" if Path(path).stat().st_size else "it is empty"
         raise UserError(f"Broken image file: {path} ({reason}). Replace or remove it") from error
 
 

@@ -85,13 +85,14 @@ def fine_tune(
         remove_file(scenario.resume)  # left when a run was killed between the last two lines of this function
         print(f"Found the fine-tuned network of an earlier run: {scenario.final}")
         return finished["history"], Evaluation.stored_in(finished)
-    require_even_shares(images, settings.batch_size)
-
-    step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
-    history = _resume(network, step, scenario, facts["config"])
+    history: list[dict[str, float]] = []
     if settings.epochs:
+        require_even_shares(images, settings.batch_size)
+        step = TrainingStep(network, images.train, compute, settings.weight_decay, settings.teacher)
+        history = _resume(network, step, scenario, facts["config"])
         _print_estimate(network, images, compute, settings, settings.epochs - len(history))
     else:
+        find_checkpoint(scenario.resume, facts["config"])  # refuses an interrupted run with other settings
         test = evaluate(network, images.test, compute)
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
@@ -171,14 +172,13 @@ def _print_estimate(network: nn.Module, images: Images, compute: Compute, settin
     step = TrainingStep(copy.deepcopy(network).train(), images.train, compute, teacher=settings.teacher)
     batch = torch.arange(min(settings.batch_size, len(images.train)), device=images.train.pixels.device)
     moves = images.train.draw_moves(len(batch), images.mirror, torch.Generator().manual_seed(0))
-    times = []
-    for _ in range(6):
-        compute.synchronize()
-        started = time.perf_counter()
+    for number in range(6):
+        if number == 4:  # the first steps choose algorithms and allocate memory
+            compute.synchronize()
+            started = time.perf_counter()
         step(batch, moves, rate=1e-6)
-        compute.synchronize()
-        times.append(time.perf_counter() - started)
-    seconds_per_image = min(times[-2:]) / len(batch)  # the first steps choose algorithms and allocate memory
+    compute.synchronize()
+    seconds_per_image = (time.perf_counter() - started) / 2 / len(batch)
     # A training step costs three forward passes, and one of the teacher.
     seconds = seconds_per_image * (len(images.train) + len(images.test) / 3)
     print(f"An epoch takes about {seconds:.0f} s, all of the fine-tuning {epochs * seconds / 60:.1f} minutes")

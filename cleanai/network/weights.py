@@ -63,7 +63,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
     def explain(error: BaseException) -> UserError:
         if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
-            reason = "it is not a file that torch.save wrote, or it is damaged"
+            reason = "it is damaged, or holds other things than tensors"
         elif isinstance(error, pickle.UnpicklingError):
             reason = "it holds a whole network or other Python objects, which are not loaded"
         else:
@@ -82,10 +82,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _WRAPPERS):
         content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        entries = list(map(str, content)) if isinstance(content, dict) else []
-        names = textwrap.shorten(printable(", ".join(entries)), 100, placeholder=" ...")
-        has = f" at its top or under {' or '.join(_WRAPPERS)}; its entries are {names}" if entries else ""
-        raise UserError(f"{path} holds no state dict{has}: {how}")
+        entries = content.items() if isinstance(content, dict) else []
+        other = [f" ({printable(str(name))} is no tensor)" for name, v in entries if not isinstance(v, torch.Tensor)]
+        raise UserError(f"{path} holds no state dict{''.join(other[:1])}: {how}")
     return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
 
 

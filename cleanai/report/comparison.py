@@ -89,17 +89,20 @@ def _difference(flags: _Flags, stage: str, first: str, second: str) -> dict[str,
 
 
 def _other_settings(runs: _Runs) -> list[str]:
-    """The settings that differ between the methods: a sentence, or none."""
+    """The settings that differ between the methods, but for those that change no network: a sentence, or none."""
     configs = {method_title(method): run["config"] for method, run in runs.items()}
     differing = []
+    auto = any(config["ratio"] == "auto" for config in configs.values())
     for key in dict.fromkeys(key for config in configs.values() for key in config):
+        if key == "accept_drop" and not auto:
+            continue
         values = {name: config[key] for name, config in configs.items() if key in config}
         if len({str(value) for value in values.values()}) > 1:
             shown = ", ".join(f"{value} for {name}" for name, value in values.items())
             differing.append(f"--{key.replace('_', '-')} {shown}")
     if not differing:
         return []
-    return [f"Their settings differ, so networks are compared here, not methods: {'; '.join(differing)}."]
+    return [f"Their settings differ: {'; '.join(differing)}."]
 
 
 def _notes(runs: _Runs) -> list[str]:
@@ -138,13 +141,14 @@ def _answer(record: Record) -> list[str]:
             f"and {run['summary']['macs_reduction_percent']:.1f}% of the FLOPs, made inference "
             f"{speedup(run['models']):.2f} times as fast, and {change}.{_allowed(run, tested)}"
         )
-    sentences += _other_settings(runs)
-    when = "After fine-tuning" if any(run["config"]["epochs"] for run in runs.values()) else "Without fine-tuning"
+    between = []
     for first, second in combinations(runs, 2):
         if (first, second) in differences:
             tested = differences[first, second]
-            sentences.append(f"{when} {_between(first, second, tested)}{_allowed(runs[first], tested)}")
-    return sentences
+            tuned = {bool(runs[method]["config"]["epochs"]) for method in (first, second)}
+            when = "" if len(tuned) > 1 else "After fine-tuning " if tuned.pop() else "Without fine-tuning "
+            between.append(f"{when}{_between(first, second, tested)}{_allowed(runs[first], tested)}")
+    return [*sentences, *(_other_settings(runs) if between else []), *between]
 
 
 def _between(first: str, second: str, difference: Record) -> str:

@@ -64,7 +64,8 @@ def _origin(record: Record, runs: dict[str, Record]) -> list[str]:
     for title, run in runs.items():
         config, machine = run["config"], run["environment"]
         steps = counted(len(run["pruning"]["steps"]), "step")
-        settings = f"{steps}, {counted(config['epochs'], 'epoch')}, seed {config['seed']}"
+        trained = counted(config["epochs"], "epoch") if config["epochs"] else "no fine-tuning"
+        settings = f"{steps}, {trained}, seed {config['seed']}"
         lines.append(
             f"{title}: {settings}, {run['dataset']['train_images']:,} training images; {machine['device']}, "
             f"{machine['precision']}, PyTorch {machine['torch']}; record {run['scenario']}.json"

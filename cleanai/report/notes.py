@@ -42,7 +42,7 @@ def _not_reached(record: Record) -> list[str]:
 
 def _worse_after_fine_tuning(record: Record) -> list[str]:
     pruned, final = record["models"]["pruned"], record["models"]["fine_tuned"]
-    if final["accuracy_percent"] >= pruned["accuracy_percent"]:
+    if final["accuracy_percent"] >= pruned["accuracy_percent"] or not record["config"]["epochs"]:
         return []
     count = record["dataset"]["test_images"]
     tested = compare_paired(unpack(pruned["correct_bits"], count), unpack(final["correct_bits"], count))
@@ -65,18 +65,10 @@ def _busy(record: Record) -> list[str]:
     exported = record.get("export", {}).get("latency_ms", {}).values()
     beside = [latency.get("spread_percent", 0) for runtime in exported for latency in runtime.values()]
     kinds = {"single images": max(singles), "batches": max(batches), "exported networks": max(beside, default=0)}
-    busy = [
-        f"{f'{spread:.0f}%' if spread < 100 else f'a factor of {1 + spread / 100:.0f}'} ({kind})"
-        for kind, spread in kinds.items()
-        if spread > BUSY_PERCENT
-    ]
+    busy = [f"{spread:.0f}% ({kind})" for kind, spread in kinds.items() if spread > BUSY_PERCENT]
     if not busy:
         return []
-    advice = "Read the times with care; the speedup is of the medians, which vary less than the averages."
-    if max(kinds.values()) >= 100:
-        again = f"move {record['scenario']}.json away, and the same command measures again"
-        advice = f"Times that vary by a factor are of no use: {again}."
-    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. {advice}"]
+    return [f"The machine was busy: times vary by {', '.join(busy)} between turns. Read the times with care."]
 
 
 def _bounded(record: Record) -> list[str]:

@@ -99,7 +99,7 @@ def _answer(record: Record) -> list[str]:
     size, (size_before, _, size_after) = in_unit("size_mib", [models[name]["size_mib"] for name in STAGES])
     time, (time_before, _, time_after) = in_unit("ms", [models[name]["latency_ms"]["p50"] for name in STAGES])
     return [
-        f"{'Pruned and fine-tuned' if record['history'] else 'Pruned'}, the network {change}: it classifies "
+        f"{'Pruned and fine-tuned' if record['config']['epochs'] else 'Pruned'}, the network {change}: it classifies "
         f"{after:.2f}% of the {heldout_images(record):,} held-out test images correctly, {beside}.",
         f"It has {summary['parameter_reduction_percent']:.1f}% fewer parameters and "
         f"{summary['macs_reduction_percent']:.1f}% fewer FLOPs, takes {size_after} {size} instead of "
@@ -127,8 +127,10 @@ def _timing(record: Record) -> list[Any]:
 
 
 def _fine_tuning(record: Record) -> list[Any]:
-    if not record["history"]:
-        return section("Repair", text(f"Test accuracy after pruning: {repair_stages(record['pruning'])}."))
+    if not record["config"]["epochs"]:
+        return section(
+            "Accuracy after pruning", text(f"Test accuracy after pruning: {repair_stages(record['pruning'])}.")
+        )
     return section("Accuracy and loss per epoch of fine-tuning", epochs_chart(record), text(_epochs_note(record)))
 
 

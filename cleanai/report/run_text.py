@@ -154,7 +154,7 @@ def comparison_table(record: Record) -> str:
             *(f"  {label:<50}{value:>{width}}" for label, value, width in summary),
             *(
                 "\n" + wrapped(sentence)
-                for sentence in [_change(record), *changed_predictions(record), *robustness_summary(record)]
+                for sentence in [*_change(record), *changed_predictions(record), *robustness_summary(record)]
             ),
             *_deployed(record),
             *(["", wrapped(judged)] if judged else []),
@@ -164,14 +164,16 @@ def comparison_table(record: Record) -> str:
     )
 
 
-def _change(record: Record) -> str:
-    """How sure the change of held-out accuracy is."""
+def _change(record: Record) -> list[str]:
+    """How sure the change of held-out accuracy is: a sentence, or none where a verdict says it."""
+    if "verdict" in record:
+        return []
     flags = heldout_flags(record)
     tested = compare_paired(flags["original"], flags["fine_tuned"])
-    return (
+    return [
         f"Held-out accuracy changed by {tested['difference_points']:+.2f} points, {verdict(tested['p_value'])}; 95% "
         f"interval {interval_text(tested['interval_points'])} points."
-    )
+    ]
 
 
 def _deployed(record: Record) -> list[str]:

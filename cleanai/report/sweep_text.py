@@ -51,7 +51,7 @@ def chosen_networks(scenario: Scenario, config: Record) -> list[Record]:
         if record and all(
             record["config"].get(name, usual) == config.get(name, usual) for name, usual in _SAME.items()
         ):
-            for stage in ("pruned", "fine_tuned"):
+            for stage in ("pruned", "fine_tuned") if record["config"]["epochs"] else ("pruned",):
                 model = record["models"][stage]
                 network = {"criterion": method_title(method), "stage": stage, **{cost: model[cost] for cost in COSTS}}
                 chosen.append({**network, "accuracy_percent": model["accuracy_heldout_percent"]})

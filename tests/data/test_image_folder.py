@@ -204,7 +204,10 @@ def _moved_down(part, name):
 
 PARTS = ("train", "test")
 BAD_FOLDERS = {  # what is done to a good folder, and what the one line names
-    "text": (lambda f: (f / "train/dog/0.png").write_bytes(b"no image"), r"Broken image file: .*train.dog.0\.png"),
+    "text": (
+        lambda f: (f / "train/dog/0.png").write_bytes(b"no image"),
+        r"Broken image file: .*train.dog.0\.png \(its format is not recognised\)",
+    ),
     "no bytes": (lambda f: (f / "test/dog/0.png").write_bytes(b""), r"test.dog.0\.png \(it is empty\)"),
     "a pickle": (lambda f: (f / "test/cat/0.png").write_bytes(pickle.dumps([1])), r"test.cat.0\.png"),
     "truncated PNG": (
@@ -420,8 +423,8 @@ def test_a_dataset_one_folder_too_deep_is_named(tmp_path):
     ("dataset", "advice"), [("Digits", "another name"), ("CIFAR10", "holds no images"), ("Pets", "no images")]
 )
 def test_a_folder_that_would_be_ignored_is_refused(tmp_path, dataset, advice):
-    (make_image_folder(tmp_path / dataset) / "test").rename(tmp_path / dataset / "Test")
-    (tmp_path / dataset / "train").rename(tmp_path / dataset / "Train")
+    (make_image_folder(tmp_path / dataset) / "test").rename(tmp_path / dataset / "testing")
+    (tmp_path / dataset / "train").rename(tmp_path / dataset / "training")
     with pytest.raises(UserError, match=advice) as error:
         load_images(dataset, tmp_path)
     assert str(tmp_path / dataset) in str(error.value)

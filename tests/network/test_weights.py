@@ -1,6 +1,7 @@
 """The weights that a network starts from: every form of file, and what is refused."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torchvision.models import googlenet, mobilenet_v2, resnet18, resnet34
 from cleanai import UserError
 from cleanai.network.models import build, save_network
 from cleanai.network.weights import load_weights
+from cleanai.run import open_run
 from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.scenario import Scenario
 from tests.helpers import SCRIPTS, SMALL_MODEL, fails, own_scripts, prepare, prune, run
 from tests.small_network import SmallNetwork
 
@@ -119,7 +122,8 @@ def _with(name, tensor):
         (lambda state: {}, "holds no state dict"),
         (lambda state: [state], "holds no state dict"),
         (lambda state: {"state_dict": {}, "epoch": 3}, "holds no state dict"),
-        (lambda state: {"epoch": 3, "net": state}, "its entries are epoch, net: "),
+        (lambda state: {"net": state}, r"holds no state dict \(net is no tensor\)"),
+        (lambda state: {"model": {**state, "epoch": 3}}, r"holds no state dict \(epoch is no tensor\)"),
         (lambda state: _Other(), "it holds a whole network or other Python objects, which are not loaded"),
     ],
 )
@@ -191,6 +195,16 @@ def test_weights_are_checked_before_any_work(weights, expected, tmp_path):
     result = run(SCRIPTS[0], "--dataset", "Digits", "--weights", tmp_path / weights, "--checkpoints-dir", out)
     fails(result, weights, expected)
     assert not out.exists()
+
+
+def test_weights_are_read_before_the_images(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    for model, weights, expected in (
+        ("ResNet18", tmp_path / "w.pth", "w.pth"),
+        (SMALL_MODEL, "imagenet", "no ImageNet"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            open_run(Scenario("TS1", model, "CIFAR10", tmp_path), Namespace(weights=weights))
 
 
 def test_with_0_epochs_the_weights_must_include_a_classifier(tmp_path, published):

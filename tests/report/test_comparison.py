@@ -201,16 +201,15 @@ def test_other_settings_are_named(records, tmp_path):
     records["Wanda"]["config"]["epochs"] = 30
     *of_methods, settings, between = compared(tmp_path, records)["answer"]
     assert len(of_methods) == 2 and between.startswith("After fine-tuning ")
-    assert settings == (
-        "Their settings differ, so networks are compared here, not methods: --epochs 3 for Neuron Coverage, 30 for "
-        "WANDA."
-    )
+    assert settings == ("Their settings differ: --epochs 3 for Neuron Coverage, 30 for WANDA.")
 
 
 def test_networks_that_were_not_fine_tuned_are_compared_as_such(records, tmp_path):
-    for method in TITLES:
-        records[method]["config"]["epochs"] = 0
-    assert compared(tmp_path, records)["answer"][-1].startswith("Without fine-tuning ")
+    records["Wanda"]["config"].update(epochs=0, accept_drop=1.0)
+    *_, settings, between = compared(tmp_path / "one", records)["answer"]
+    assert between.startswith("WANDA is ") and "accept" not in settings
+    records["Coverage"]["config"]["epochs"] = 0
+    assert compared(tmp_path / "both", records)["answer"][-1].startswith("Without fine-tuning ")
 
 
 @pytest.mark.parametrize("damage", ["no summary", "no latency", "no JSON", "edited"])

@@ -13,6 +13,7 @@ from cleanai.measure.significance import pack, unpack
 from cleanai.report.fonts import BOLD, FONT
 from cleanai.report.notes import notes
 from cleanai.report.run_pdf import pdf_report
+from cleanai.report.wording import repair_stages
 from tests.helpers import EXPORT, INT8, auto_record, pdf_pages, pdf_text, run_record
 
 OLDER = Path(__file__).parent / "older"  # records of version 1.0.0
@@ -66,6 +67,17 @@ def test_the_first_page_answers_in_three_sentences():
         "Avg Inference Time (ms)",
     ):
         assert expected in first, expected
+
+
+def test_without_fine_tuning_the_report_shows_none():
+    record = {**run_record(), "history": []}
+    record["config"]["epochs"] = 0
+    models = record["models"]
+    models["pruned"], models["fine_tuned"] = models["fine_tuned"], models["pruned"]
+    assert len(notes(record)) == 1 and "not fine-tuned" in notes(record)[0], "the accuracy is lower by chance"
+    text = pdf_text(pdf_report(record))
+    assert "in 5 steps, without fine-tuning, on CIFAR10" in text and "Pruned, the network" in text
+    assert repair_stages(record["pruning"]) in text and "per epoch" not in text
 
 
 @pytest.mark.parametrize(("correct", "expected"), [((1000, 1400), "is significant"), ((1000, 1000), "not significant")])

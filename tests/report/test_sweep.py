@@ -245,6 +245,13 @@ def test_any_number_of_criteria_fits(record):
         assert name in in_pdf
 
 
+def test_a_network_that_was_not_fine_tuned_is_shown_once(tmp_path):
+    files, record = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Sweep"), run_record("Wanda")
+    record["config"]["epochs"] = 0
+    write_record(files.of("Wanda").record, record)
+    assert [network["stage"] for network in chosen_networks(files, record["config"])] == ["pruned"]
+
+
 def test_the_chosen_networks_are_those_pruned_from_this_model(record, chosen):
     assert [(network["criterion"], network["stage"]) for network in chosen] == [
         ("WANDA", "pruned"),

@@ -102,6 +102,7 @@ def test_what_is_printed_is_what_was_recorded(digits_run):
         assert comparison_table(record) in output
         assert f"TS1_{method}_ResNet18_Digits.pdf" in output
     for output in printed:
+        assert ("--train-samples 64 leaves no more" in output) == (output is not printed[0])
         assert output.index("Device: ") < output.index("An epoch takes about ") < output.index("Epoch 1/")
         assert "scikit-learn's handwritten digits (embedded); 64 training and 360 test images" in output
 
@@ -396,9 +397,10 @@ def test_a_killed_script_resumes_and_ends_bit_for_bit_like_an_uninterrupted_one(
 def test_fresh_starts_over_with_other_settings(small_run, tmp_path):
     folder, scripts = small_run
     shutil.copytree(folder / "TS1", tmp_path / "TS1")
-    result = prepare(tmp_path, "--dataset", "Digits", "--epochs", "1", "--fresh", script=scripts[SCRIPTS[0]])
+    options = ["--dataset", "Digits", "--epochs", "1", "--lr", "0.0000001", "--fresh"]
+    result = prepare(tmp_path, *options, script=scripts[SCRIPTS[0]])
     assert result.returncode == 0, result.stderr
-    assert "Epoch 1/1" in result.stdout
+    assert "Epoch 1/1" in result.stdout and "The network is at chance level" in result.stdout
     assert not (tmp_path / "TS1" / "SmallNetwork_Digits_FT_epoch5.pth").exists()
     # What was pruned before belongs to another network now.
     shutil.copytree(folder / "TS1_Wanda_SmallNetwork_Digits", tmp_path / "TS1_Wanda_SmallNetwork_Digits")
