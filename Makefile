@@ -2,7 +2,6 @@
 # make docs: the generated pages.
 PYTHON ?= python3
 PY := .venv/bin/python
-INSTALL := -m pip install --quiet --no-compile  # most of it is never imported
 RUN := $(PY) test_scenarios
 DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
 DEMO_PREPARE := --weights none --epochs 4
@@ -16,12 +15,12 @@ help:
 .venv/installed: requirements.txt pyproject.toml
 	@echo "Making an environment in .venv, with PyTorch in it: a few minutes"
 	$(PYTHON) -m venv .venv
-	$(PY) $(INSTALL) --upgrade pip
-	$(PY) $(INSTALL) -r requirements.txt
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PY) $(INSTALL) -e ".[dev]"
+	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $@
 
 # The second round finds everything done, and prints the tables and the paths of the reports together.
@@ -55,8 +54,8 @@ test-newest: PYTHON := python3.13
 test-newest: VERSIONS := --upgrade --upgrade-strategy eager
 test-floor test-newest: test-%:
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python $(INSTALL) --upgrade pip
-	.venv-$*/bin/python $(INSTALL) -r requirements.txt -e ".[dev]" $(VERSIONS)
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet -r requirements.txt -e ".[dev]" $(VERSIONS)
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 3 --dist loadfile
 
 # What only a GPU can show, on the first one at hand: a page in results/gpu/.
