@@ -18,6 +18,7 @@ from typing import Any, Callable
 import controls
 import criteria
 import latency
+import overfitting
 import recipe
 import repair
 import training_speed
@@ -164,6 +165,14 @@ def results_page() -> str:
         "The first is in [results/base](../results/base/README.md), for everyone. Its training images are classified "
         "correctly in 99.4% of the cases, augmented as they are, and test images in 92.3%: it overfits."
     ]
+    for of_overfitting in sorted((RESULTS / "overfitting").glob("*.csv")):
+        rows = read_rows(of_overfitting)
+        sections += [
+            f"Trials against it, each from the same weights on the same {int(rows[0]['train_images']):,} training images "
+            f"for {rows[0]['epochs']} epochs, one seed, judged on {int(rows[0]['judging_images']):,} other training "
+            "images (`python benchmarks/overfitting.py`):",
+            _block(overfitting.table(rows)),
+        ]
     benchmarks = {"latency": latency, "training": training_speed}
     for path in sorted((RESULTS / "speed").glob("*.json")):
         name = path.stem.split("_")[0]
