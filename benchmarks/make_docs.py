@@ -167,10 +167,11 @@ def results_page() -> str:
     ]
     for of_overfitting in sorted((RESULTS / "overfitting").glob("*.csv")):
         rows = read_rows(of_overfitting)
+        trained_on, judged_on = (int(rows[0][key]) for key in ("train_images", "judging_images"))
         sections += [
-            f"Trials against it, each from the same weights on the same {int(rows[0]['train_images']):,} training images "
-            f"for {rows[0]['epochs']} epochs, one seed, judged on {int(rows[0]['judging_images']):,} other training "
-            "images (`python benchmarks/overfitting.py`):",
+            f"Trials against it, each from the same weights on the same {trained_on:,} training images for "
+            f"{rows[0]['epochs']} epochs, one seed, judged on {judged_on:,} other training images "
+            "(`python benchmarks/overfitting.py`):",
             _block(overfitting.table(rows)),
         ]
     benchmarks = {"latency": latency, "training": training_speed}
