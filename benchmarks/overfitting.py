@@ -137,11 +137,11 @@ def main() -> None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Accuracy and loss, a line for each training."""
-    lines = [f"{'Training':<20}{'Trained on (%)':>18}{'Kept aside (%)':>18}{'Loss':>10}{'Kept aside':>14}"]
+    lines = [f"{'Training':<20}{'Trained on (%)':>18}{'Kept aside (%)':>18}{'Loss, trained on':>18}{'Loss, kept aside':>18}"]
     for row in rows:
         lines.append(
             f"{row['trial']:<20}{row['trained_on_percent']:>18}{row['kept_aside_percent']:>18}"
-            f"{row['trained_on_loss']:>10}{row['kept_aside_loss']:>14}"
+            f"{row['trained_on_loss']:>18}{row['kept_aside_loss']:>18}"
         )
     return "\n".join(lines)
 
