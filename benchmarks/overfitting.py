@@ -137,7 +137,8 @@ def main() -> None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Accuracy and loss, a line for each training."""
-    lines = [f"{'Training':<20}{'Trained on (%)':>18}{'Kept aside (%)':>18}{'Loss, trained on':>18}{'Loss, kept aside':>18}"]
+    columns = ("Trained on (%)", "Kept aside (%)", "Loss, trained on", "Loss, kept aside")
+    lines = [f"{'Training':<20}" + "".join(f"{column:>18}" for column in columns)]
     for row in rows:
         lines.append(
             f"{row['trial']:<20}{row['trained_on_percent']:>18}{row['kept_aside_percent']:>18}"
