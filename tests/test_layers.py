@@ -1,6 +1,8 @@
 """Imports within the project point only down, and the reports need no PyTorch."""
 
 import ast
+import builtins
+import collections
 
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 from tests.helpers import ended, started
@@ -42,6 +44,32 @@ def test_imports_point_down():
         for name in imported(path):
             assert any(f"{name}.".startswith(f"{each}.") for each in allowed), f"{within} imports {name}"
     assert {within.parts[0].replace(".py", "") for within in parts.values()} == {*MAY_IMPORT, "__init__"}
+
+
+def _evaluated(tree):
+    """The nodes of a module without its annotations, which are not evaluated (PEP 563)."""
+    for node in ast.iter_child_nodes(tree):
+        skipped = [getattr(tree, name, None) for name in ("annotation", "returns")]
+        if node not in skipped:
+            yield node
+            yield from _evaluated(node)
+
+
+def _subscripted_classes(source):
+    """The classes of Python in a module that are subscripted, which Python 3.8 cannot do, as in `Counter[int]()`."""
+    classes = {name for module in (builtins, collections) for name, kind in vars(module).items() if type(kind) is type}
+    return [
+        node.value.id
+        for node in _evaluated(ast.parse(source))
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", None) in classes
+    ]
+
+
+def test_no_class_is_subscripted_that_python_3_8_cannot_subscript():
+    assert _subscripted_classes("x: Counter[int] = Counter()\ny = Counter[int]()\nz = list[0]") == ["Counter", "list"]
+    for folder in (PROJECT / "cleanai", SCRIPTS_DIR, PROJECT / "benchmarks"):
+        for path in folder.rglob("*.py"):
+            assert _subscripted_classes(path.read_text(encoding="utf-8")) == [], path
 
 
 def test_reports_and_what_a_finished_script_needs_do_not_import_pytorch():

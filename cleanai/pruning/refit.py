@@ -130,7 +130,8 @@ class OriginalOutputs:
         """A context in which `network` runs once."""
         self._modules = dict(network.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
-        self._origins, self._runs = _Origins(), Counter[nn.Module]()
+        self._origins = _Origins()
+        self._runs: Counter[nn.Module] = Counter()
         hooks = []
         for module in self._names:
             if isinstance(module, CONSUMERS):
