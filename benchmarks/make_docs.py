@@ -156,7 +156,22 @@ def results_page() -> str:
     for of_recipe in sorted((RESULTS / "recipe").glob("*.csv")):
         machine = "NVIDIA H100" if of_recipe.stem.endswith("H100") else "CPU"
         sections += [f"{machine}:", _block(recipe.table(read_rows(of_recipe)))]
-    sections += ["## Trained in full: the base networks", "All training images, 20 epochs, weight decay 0.0001."]
+    sections += base_networks()
+    benchmarks = {"latency": latency, "training": training_speed}
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        name = path.stem.split("_")[0]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sections += [
+            f"## Speed: {name}",
+            f"`python benchmarks/{benchmarks[name].__name__}.py` on {record['environment']['device']}.",
+            _block(benchmarks[name].table(record)),
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def base_networks() -> list[str]:
+    """The section on the networks that were trained in full, and on trials against their overfitting."""
+    sections = ["## Trained in full: the base networks", "All training images, 20 epochs, weight decay 0.0001."]
     for folder, start in (("base", "weights trained on ImageNet"), ("base-random", "random weights")):
         (path,) = (RESULTS / folder).glob("*.json")
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -174,16 +189,7 @@ def results_page() -> str:
             "(`python benchmarks/overfitting.py`):",
             _block(overfitting.table(rows)),
         ]
-    benchmarks = {"latency": latency, "training": training_speed}
-    for path in sorted((RESULTS / "speed").glob("*.json")):
-        name = path.stem.split("_")[0]
-        record = json.loads(path.read_text(encoding="utf-8"))
-        sections += [
-            f"## Speed: {name}",
-            f"`python benchmarks/{benchmarks[name].__name__}.py` on {record['environment']['device']}.",
-            _block(benchmarks[name].table(record)),
-        ]
-    return "\n\n".join(sections) + "\n"
+    return sections
 
 
 def goals() -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from pathlib import Path
 from typing import Any, Callable
 
 from cleanai.runtime.files import printable
-from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT, is_dataset_name
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -50,8 +49,7 @@ def _share(word: str) -> Callable[[str], float | str | None]:
 
 
 def _dataset(text: str) -> str:
-    # It becomes part of file names: no characters that are special in paths.
-    if not re.fullmatch(r"[\w-]+", text):
+    if not is_dataset_name(text):
         raise argparse.ArgumentTypeError(f"{text} is not a name of letters, digits, _ and -")
     return text
 

@@ -216,8 +216,8 @@ def open_run(scenario: Scenario, args: Options) -> Run:
     """Choose the device, print it, and load the images, read and augmented as in the preparing script."""
     if "weights" in args:
         require_weights(scenario.model, args.weights)
-    if getattr(args, "weights", "none") not in ("imagenet", "none"):
-        scenario.refuse_own_file(args.weights)
+        if args.weights not in ("imagenet", "none"):
+            scenario.refuse_own_file(args.weights)
     compiled = "compile" in args and args.compile
     compute = choose_compute(args.device, args.precision, args.deterministic, compiled)
     if "timing_seconds" in args:

@@ -81,11 +81,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             content = load_plain_data(path)
     while isinstance(content, dict) and any(isinstance(content.get(key), dict) for key in _WRAPPERS):
         content = next(content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        entries = content.items() if isinstance(content, dict) else []
-        other = [f" ({printable(str(name))} is no tensor)" for name, v in entries if not isinstance(v, torch.Tensor)]
-        raise UserError(f"{path} holds no state dict{''.join(other[:1])}: {how}")
-    return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
+    entries = content if isinstance(content, dict) else {}
+    others = [printable(str(name)) for name, value in entries.items() if not isinstance(value, torch.Tensor)]
+    if others or not entries:
+        which = f" ({others[0]} is no tensor)" if others else ""
+        raise UserError(f"{path} holds no state dict{which}: {how}")
+    return {_without_prefixes(str(name)): tensor for name, tensor in entries.items()}
 
 
 def load_weights(network: nn.Module, path: Path, model: str) -> bool:

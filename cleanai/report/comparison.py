@@ -77,6 +77,12 @@ def heldout_flags(run: Record) -> dict[str, np.ndarray]:
     return {name: unpack(run["models"][name]["correct_bits"], count)[heldout] for name in STAGES}
 
 
+def heldout_change(run: Record) -> Record:
+    """The final network compared with the original one on the held-out images, as `compare_paired` does it."""
+    flags = heldout_flags(run)
+    return compare_paired(flags["original"], flags["fine_tuned"])
+
+
 def _same_images(runs: _Runs) -> bool:
     """Whether the held-out images of all runs are the same."""
     return len({(run["dataset"]["name"], run["dataset"]["source"], run["heldout_bits"]) for run in runs.values()}) == 1

@@ -6,9 +6,9 @@ from typing import Any
 
 from reportlab.platypus import Spacer, Table
 
-from cleanai.measure.significance import compare_paired, verdict
+from cleanai.measure.significance import verdict
 from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart, small_charts
-from cleanai.report.comparison import heldout_flags
+from cleanai.report.comparison import heldout_change
 from cleanai.report.coverage_pdf import coverage
 from cleanai.report.evidence_pdf import changes, deployed, robustness
 from cleanai.report.notes import notes, path_end
@@ -86,8 +86,7 @@ def _verdict(record: Record) -> list[Any]:
 
 def _answer(record: Record) -> list[str]:
     """The change of accuracy, the savings, and whether the change is significant: a sentence each."""
-    models, summary, flags = record["models"], record["summary"], heldout_flags(record)
-    tested = compare_paired(flags["original"], flags["fine_tuned"])
+    models, summary, tested = record["models"], record["summary"], heldout_change(record)
     before, after = (models[name]["accuracy_heldout_percent"] for name in ("original", "fine_tuned"))
     beside = f"the original network {before:.2f}%"
     if after != before:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cleanai.measure.significance import compare_paired, verdict
-from cleanai.report.comparison import heldout_flags
+from cleanai.measure.significance import verdict
+from cleanai.report.comparison import heldout_change
 from cleanai.report.notes import notes
 from cleanai.report.wording import (
     FULL_BATCH,
@@ -168,8 +168,7 @@ def _change(record: Record) -> list[str]:
     """How sure the change of held-out accuracy is: a sentence, or none where a verdict says it."""
     if "verdict" in record:
         return []
-    flags = heldout_flags(record)
-    tested = compare_paired(flags["original"], flags["fine_tuned"])
+    tested = heldout_change(record)
     return [
         f"Held-out accuracy changed by {tested['difference_points']:+.2f} points, {verdict(tested['p_value'])}; 95% "
         f"interval {interval_text(tested['interval_points'])} points."

@@ -30,10 +30,11 @@ _NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "condit
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
     """Whether `data_dir/dataset` is an image folder: it has a part called train or test."""
-    return _is_name(dataset) and any((data_dir / dataset / part).is_dir() for part in ("train", "test"))
+    return is_dataset_name(dataset) and any((data_dir / dataset / part).is_dir() for part in ("train", "test"))
 
 
-def _is_name(dataset: str) -> bool:
+def is_dataset_name(dataset: str) -> bool:
+    """Whether it may be part of file names: it has no characters that are special in paths."""
     return bool(re.fullmatch(r"[\w-]+", dataset))
 
 
@@ -52,7 +53,7 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
         raise UserError(f"{too_deep.parent} holds {{train,test}}, one folder too deep: move them up into {folder}")
     if dataset == EMBEDDED or has_image_folder(dataset, data_dir):
         return
-    if _is_name(dataset) and folder.is_dir():
+    if is_dataset_name(dataset) and folder.is_dir():
         otherwise = ", or remove the folder" if dataset == DOWNLOADABLE else ""
         raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there{otherwise}")
     if dataset != DOWNLOADABLE:

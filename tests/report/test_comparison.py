@@ -201,7 +201,7 @@ def test_other_settings_are_named(records, tmp_path):
     records["Wanda"]["config"]["epochs"] = 30
     *of_methods, settings, between = compared(tmp_path, records)["answer"]
     assert len(of_methods) == 2 and between.startswith("After fine-tuning ")
-    assert settings == ("Their settings differ: --epochs 3 for Neuron Coverage, 30 for WANDA.")
+    assert settings == "Their settings differ: --epochs 3 for Neuron Coverage, 30 for WANDA."
 
 
 def test_networks_that_were_not_fine_tuned_are_compared_as_such(records, tmp_path):
