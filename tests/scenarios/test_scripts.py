@@ -271,6 +271,8 @@ def test_other_settings_are_refused(digits_run):
     folder, _ = digits_run
     other = prepare(folder, "--dataset", "Digits", "--epochs", "7")
     fails(other, str(_scenario(folder).record), "--epochs 6", "--epochs 7", "--fresh")
+    other = prepare(folder, "--dataset", "Digits", "--epochs", "6", "--weight-decay", "0.01")
+    fails(other, "--weight-decay 0.0001", "--weight-decay 0.01", "--fresh")
     other = prune(SCRIPTS[2], folder, "--dataset", "Digits", "--epochs", "5", "--ratio", "0.3")
     fails(other, str(_scenario(folder, "Wanda").record), "--ratio 0.2", "--ratio 0.3")
 
