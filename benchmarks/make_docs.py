@@ -155,7 +155,8 @@ def results_page() -> str:
     ]
     for of_recipe in sorted((RESULTS / "recipe").glob("*.csv")):
         machine = "NVIDIA H100" if of_recipe.stem.endswith("H100") else "CPU"
-        sections += [f"{machine}:", _block(recipe.table(read_rows(of_recipe)))]
+        chart = f"![Accuracy over the removed share, by weight decay](../results/recipe/{of_recipe.stem}.svg)"
+        sections += [f"{machine}:", chart, _block(recipe.table(read_rows(of_recipe)))]
     sections += base_networks()
     benchmarks = {"latency": latency, "training": training_speed}
     for path in sorted((RESULTS / "speed").glob("*.json")):
