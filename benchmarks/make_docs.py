@@ -21,6 +21,7 @@ import latency
 import overfitting
 import recipe
 import repair
+import runs as all_runs
 import training_speed
 from rows import read_rows
 
@@ -104,9 +105,19 @@ def results_page() -> str:
     runs = {method: load(f"TS1_{method}_{NAME}") for method in ("Coverage", "Wanda")}
     sweep = load(f"TS1_Sweep_{NAME}")
     machine = preparation["environment"]
+    committed = all_runs.load_runs((RESULTS / SHOWN).parent)
+    paths = {
+        "criteria": RESULTS / "criteria" / f"TS1_{NAME}.csv",
+        "controls": RESULTS / SHOWN / f"TS1_Controls_{NAME}.csv",
+        "repair": RESULTS / "repair" / "CIFAR10.csv",
+    }
+    rows = {name: read_rows(path) if path.exists() else [] for name, path in paths.items()}
+    latency_record = json.loads((RESULTS / "speed" / "latency_CIFAR10_cpu.json").read_text(encoding="utf-8"))
     sections = [
         "# Results",
         "This page is made from the records in `results/` by `make docs`. [How to read it](reading-results.md).",
+        "## What a sceptic asks",
+        "\n".join(all_runs.answers(committed, sweep, rows, latency_record)),
         "## The scripts",
         f"{prepared_with(next(iter(runs.values()))).capitalize()}. {'. '.join(origin_lines(preparation))}.\n"
         f"Device: {machine['device']}, {machine['precision']}; PyTorch {machine['torch']}.",
@@ -116,38 +127,40 @@ def results_page() -> str:
         "## The methods compared",
         _block(comparison_text(load(f"TS1_Comparison_{NAME}"))),
         f"Report: {_links(f'TS1_Comparison_{NAME}.pdf')}",
+        "## All runs",
+        "Each run is a folder of `results/"
+        + str(Path(SHOWN).parent)
+        + "`, with its PDFs. Accuracy is on held-out test images, in "
+        "percent; pruned and fine-tuned: its change in points; p: exact McNemar test of the last network against the "
+        "original one.",
+        _block(all_runs.table(committed)),
         "## Sweep over ratios",
         _block(sweep_text(sweep)),
         f"![Accuracy over the removed share, by criterion](../results/{SHOWN}/TS1_Sweep_{NAME}.svg)",
         f"Report: {_links(f'TS1_Sweep_{NAME}.pdf')}",
     ]
-    of_criteria, of_controls = RESULTS / "criteria" / f"TS1_{NAME}.csv", RESULTS / SHOWN / f"TS1_Controls_{NAME}.csv"
-    if of_criteria.exists():
+    if rows["criteria"]:
         sections += [
             "## Criteria",
             "Each criterion prunes the same network, without fine-tuning, for three sets of images: mean accuracy and "
             "standard deviation (`python benchmarks/criteria.py`).",
-            f"![Accuracy over the removed share, by criterion](../results/criteria/{of_criteria.stem}.svg)",
-            _block(criteria.table(read_rows(of_criteria))),
+            f"![Accuracy over the removed share, by criterion](../results/criteria/TS1_{NAME}.svg)",
+            _block(criteria.table(rows["criteria"])),
         ]
-    if of_controls.exists():
+    if rows["controls"]:
         sections += [
             "## Controls",
             "What further training alone brings, what random choice, and what the kept weights are worth "
             "(`python benchmarks/controls.py`).",
-            _block(controls.table(read_rows(of_controls))),
+            _block(controls.table(rows["controls"])),
         ]
     sections += goals()
-    of_repair = RESULTS / "repair" / "CIFAR10.csv"
-    if of_repair.exists():
-        sections += [
-            "## The repair",
-            "Two finished networks were pruned for up to three sets of images: mean points of accuracy lost on 5,000 "
-            "held-out test images, without fine-tuning, and the standard deviation (`python benchmarks/repair.py`). "
-            "Of ResNet-18 the shares are of parameters and FLOPs, of ResNet-56 of the FLOPs alone.",
-            _block(repair.table(read_rows(of_repair))),
-        ]
     sections += [
+        "## The repair",
+        "Two finished networks were pruned for up to three sets of images: mean points of accuracy lost on 5,000 "
+        "held-out test images, without fine-tuning, and the standard deviation (`python benchmarks/repair.py`). "
+        "Of ResNet-18 the shares are of parameters and FLOPs, of ResNet-56 of the FLOPs alone.",
+        _block(repair.table(rows["repair"])),
         "## Weight decay",
         "Accuracy on training images that were kept aside, before and after pruning by WANDA, without fine-tuning "
         "(`python benchmarks/recipe.py`). The scripts use 0.0001: on average over the two machines its network is the "

@@ -145,14 +145,20 @@ def table(rows: list[dict[str, str]]) -> str:
             for row in rows
             if (row["network"], row["criterion"], row["removed_percent"]) == (network, criterion, removed)
         ]
-        cells = []
-        for stage in STAGES:
-            reached = [(float(row["original_percent"]), row[f"{stage}_percent"]) for row in own]
-            lost = [original - float(percent) for original, percent in reached if percent]
-            cells.append(mean_and_spread(lost, 2) if lost else "")
-        name = f"{network}, -{removed}%, {criterion}"
-        lines.append(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
+        name, cells = f"{network}, -{removed}%, {criterion}", points_lost(own)
+        lines.append(f"{name:<36}" + "".join(f"{cells.get(stage, ''):>16}" for stage in STAGES).rstrip())
     return "\n".join(lines)
+
+
+def points_lost(rows: list[dict[str, str]]) -> dict[str, str]:
+    """Mean and standard deviation of the points lost after each of STAGES that was measured."""
+    cells = {}
+    for stage in STAGES:
+        reached = [(float(row["original_percent"]), row[f"{stage}_percent"]) for row in rows]
+        lost = [original - float(percent) for original, percent in reached if percent]
+        if lost:
+            cells[stage] = mean_and_spread(lost, 2)
+    return cells
 
 
 if __name__ == "__main__":
