@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from cleanai.exit import run_script
-from cleanai.report.charts import svg_bytes
+from cleanai.report.drawing import svg_bytes
 from cleanai.report.run_pdf import pdf_report
 from cleanai.report.sweep_pdf import sweep_chart
 from cleanai.runtime.checkpoints import read_record, write_record

@@ -29,7 +29,8 @@ from cleanai.pruning.criteria import NeuronCoverageImportance, OBSImportance, Wa
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
-from cleanai.report.charts import Panel, curves_chart, svg_bytes
+from cleanai.report.curves import Panel, curves_chart
+from cleanai.report.drawing import svg_bytes
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import write_bytes

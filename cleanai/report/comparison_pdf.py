@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reportlab.platypus import Flowable, Spacer
 
-from cleanai.report.charts import WIDTH, differences_chart, widths_chart
+from cleanai.report.charts import differences_chart, widths_chart
 from cleanai.report.comparison_text import (
     DIFFERENCE_COLUMNS,
     any_run,
@@ -15,6 +15,7 @@ from cleanai.report.comparison_text import (
     side_by_side_rows,
     table_columns,
 )
+from cleanai.report.drawing import WIDTH
 from cleanai.report.page import build_pdf, section, table, text, warning
 from cleanai.report.wording import Record, counted, listed, method_title, origin_lines
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from reportlab.platypus import Spacer
 
-from cleanai.report.charts import WIDTH, layers_chart
+from cleanai.report.charts import layers_chart
+from cleanai.report.drawing import WIDTH
 from cleanai.report.page import table, text
 from cleanai.report.wording import STAGES, Record, calibrated_on_train, counted, with_change
 

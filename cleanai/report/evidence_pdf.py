@@ -6,7 +6,7 @@ from typing import Any
 
 from reportlab.platypus import Spacer
 
-from cleanai.report.charts import WIDTH
+from cleanai.report.drawing import WIDTH
 from cleanai.report.page import section, table, text
 from cleanai.report.run_text import deployed_rows
 from cleanai.report.wording import STAGES, Record, changed_predictions, robustness_means, with_change

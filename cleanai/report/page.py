@@ -14,7 +14,7 @@ from reportlab.lib.units import mm
 from reportlab.pdfbase.pdfmetrics import stringWidth
 from reportlab.platypus import CondPageBreak, Flowable, Image, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
-from cleanai.report.charts import DARK, GREY, LINES, MARGIN, PADDING, WIDTH
+from cleanai.report.drawing import DARK, GREY, LINES, MARGIN, PADDING, WIDTH
 from cleanai.report.fonts import BOLD, FONT
 
 _HEIGHT = A4[1] - 2 * MARGIN - 2 * PADDING - 1  # of a page's text

@@ -7,19 +7,21 @@ from typing import Any
 from reportlab.platypus import Spacer, Table
 
 from cleanai.measure.significance import verdict
-from cleanai.report.charts import WIDTH, Panel, curves_chart, epochs_chart, latency_chart, layers_chart, small_charts
+from cleanai.report.charts import epochs_chart, latency_chart
 from cleanai.report.comparison import heldout_change
 from cleanai.report.coverage_pdf import coverage
+from cleanai.report.curves import Panel, curves_chart
+from cleanai.report.drawing import WIDTH
 from cleanai.report.evidence_pdf import changes, deployed, robustness
+from cleanai.report.layers_pdf import layers, sensitivity
 from cleanai.report.notes import notes, path_end
 from cleanai.report.page import build_pdf, headline, lead, pairs, pictures, section, small, table, text, warning
+from cleanai.report.provenance_pdf import checkpoints, checksums, configuration, provenance
 from cleanai.report.run_text import comparison_rows, path_rows, summary_rows
 from cleanai.report.wording import (
     STAGES,
     Record,
-    calibrated_on_train,
     counted,
-    exported_as,
     heldout_images,
     in_unit,
     interval_text,
@@ -34,7 +36,6 @@ from cleanai.report.wording import (
     with_change,
 )
 
-_MOST_GROUPS = 40  # with a chart of their sensitivity
 _MOST_CLASSES = 20  # in the table of classes
 _STEPS = "after each step"
 _TERMS = (
@@ -52,8 +53,8 @@ def pdf_report(record: Record) -> bytes:
         *section("Result", _comparison(record), *_timing(record), pairs(summary_rows(record), numbers=True)),
         *(section("How far the pruning went", *_path(record)) if "path" in record["pruning"] else []),
         *_fine_tuning(record),
-        *section("Layers before and after pruning", *_layers(record)),
-        *(section("Sensitivity of the layers", *_sensitivity(record)) if record["pruning"].get("sensitivity") else []),
+        *section("Layers before and after pruning", *layers(record)),
+        *(section("Sensitivity of the layers", *sensitivity(record)) if record["pruning"].get("sensitivity") else []),
         *section("Test coverage", *coverage(record)),
         *section("Accuracy per class", *_classes(record)),
         *changes(record),
@@ -61,9 +62,9 @@ def pdf_report(record: Record) -> bytes:
         *robustness(record),
         *section("Inference time", *_latency(record)),
         *deployed(record),
-        *section("Configuration", pairs(_configuration(record), abreast=2)),
-        *section("Dataset and machine", pairs(_provenance(record)), *_checksums(record)),
-        *section("Checkpoints with their SHA-256", *_checkpoints(record)),
+        *section("Configuration", pairs(configuration(record), abreast=2)),
+        *section("Dataset and machine", pairs(provenance(record)), *checksums(record)),
+        *section("Checkpoints with their SHA-256", *checkpoints(record)),
         *section("Commands to repeat this", *map(small, record["commands"])),
     ]
     return build_pdf(record["scenario"], f"{method_title(record['method'])} Pruning", story)
@@ -159,57 +160,6 @@ def _path(record: Record) -> list[Any]:
     ]
 
 
-def _layers(record: Record) -> list[Any]:
-    """The layers' widths and costs. Both parts of a record name the layers alike."""
-    widths = record["pruning"]["layers"]
-    names = [layer["name"] for layer in widths]
-    panels = {"Output channels": _before_and_after(widths, "channels", 1)}
-    costs = record["layers"]
-    panels["Parameters (thousands)"] = _before_and_after(costs, "parameters", 1e3)
-    panels["FLOPs for one image (millions)"] = _before_and_after(costs, "macs", 1e6)
-    most = " ".join(
-        f"Most of the {what} were removed from {_most_removed(record, key)}."
-        for key, what in (("parameters", "parameters"), ("macs", "FLOPs"))
-    )
-    return [layers_chart(names, panels), text(f"{most} Batch norm and pooling are not shown.")]
-
-
-def _sensitivity(record: Record) -> list[Any]:
-    """What each group of layers loses without some of its channels, and what was removed."""
-    widths = {layer["name"]: layer for layer in record["pruning"]["layers"]}
-    groups = record["pruning"]["sensitivity"]
-    limit = sorted((group["lost_percent"][4] for group in groups), reverse=True)[:_MOST_GROUPS][-1]
-    charts = []
-    for group in [group for group in groups if group["lost_percent"][4] >= limit][:_MOST_GROUPS]:
-        first, others = group["layers"][0], len(group["layers"]) - 1
-        removed = 100 * (1 - widths[first]["channels_after"] / widths[first]["channels_before"])
-        points = [(0.0, 0.0), *((10.0 * tenth, lost) for tenth, lost in enumerate(group["lost_percent"], 1))]
-        charts.append((f"{first}{f' and {others} more' if others else ''} ({group['channels']})", points, removed))
-    some = f" The {len(charts)} of {len(groups)} groups that lose most." if len(charts) < len(groups) else ""
-    return [
-        text(
-            "Across: removed channels of a layer, in percent; in brackets the number it had. Upwards: how much of the "
-            "outputs of the layers that read them is lost, in percent, when the channels with the lowest scores are "
-            "removed and the rest is reconstructed. Measured on the original network, before the first step. Layers "
-            f"that share channels are one chart. The dashed line is what was removed in all.{some}"
-        ),
-        Spacer(1, 4),
-        *small_charts(charts),
-    ]
-
-
-def _before_and_after(layers: list[Record], key: str, unit: float) -> dict[str, list[float]]:
-    return {when: [layer[f"{key}_{when.lower()}"] / unit for layer in layers] for when in ("Before", "After")}
-
-
-def _most_removed(record: Record, key: str) -> str:
-    """The three layers that lost most, each with its share of the total."""
-    removed = {layer["name"]: layer[f"{key}_before"] - layer[f"{key}_after"] for layer in record["layers"]}
-    total = record["models"]["original"][key] - record["models"]["fine_tuned"][key] or 1  # a tiny ratio removes nothing
-    most = sorted(removed, key=lambda name: -removed[name])[:3]
-    return ", ".join(f"{name} ({100 * removed[name] / total:.0f}%)" for name in most)
-
-
 def _classes(record: Record) -> list[Any]:
     classes = sorted(record["classes"], key=lambda row: row["fine_tuned_percent"] - row["original_percent"])
     rows = [["Class", *STAGES.values(), "Change (points)", "Images", "Newly wrong", "Newly right"]]
@@ -254,68 +204,3 @@ def _latency(record: Record) -> list[Any]:
         "the slowest 2%. A curve further left is a faster network, a steeper curve a steadier one."
     )
     return [latency_chart(quantiles), text(note), Spacer(1, 4), rows]
-
-
-def _configuration(record: Record) -> list[tuple[str, str]]:
-    config = {**record["config"], "train_samples": record["config"]["train_samples"] or "all"}
-    config = {key: value for key, value in config.items() if value is not None or "ratio" in key}  # None: not asked for
-    del config["fine_tuned_model"]  # the section on checkpoints has its SHA-256
-    names = {
-        "ratio": "Ratio of parameters",
-        "macs_ratio": "Ratio of FLOPs",
-        "lr": "Learning rate (peak)",
-    }
-    shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in config.items()}
-    return [(names.get(key, key.replace("_", " ").capitalize()), str(value)) for key, value in shown.items()]
-
-
-def _provenance(record: Record) -> list[tuple[str, str]]:
-    dataset, environment = record["dataset"], record["environment"]
-    device = f"{environment['device_type']}, {environment['device']}, {counted(environment['cpu_threads'], 'thread')}"
-    packages = ("torch", "torchvision", "torch-pruning", "thop", "cleanai")
-    calibration = f"{dataset['calibration_images']:,}"
-    if calibrated_on_train(record):
-        heldout = f", all held out; calibration used {calibration} training images"
-    else:
-        heldout = f", of which {calibration} were used for calibration (held-out accuracy is on the others)"
-    rows = [
-        ("Original network", prepared_with(record)),
-        ("Dataset", f"{dataset['name']}, {dataset['source']}"),
-        ("Training images", f"{dataset['train_images']:,}{_per_class(dataset, 'train')}"),
-        ("Test images", f"{dataset['test_images']:,}{heldout}{_per_class(dataset, 'test')}"),
-        ("Device", device),
-        ("Precision", f"{environment['precision']} for training and accuracy, float32 for inference times"),
-        ("System", f"{environment['system']}, Python {environment['python']}"),
-        ("Packages", ", ".join(f"{package} {environment[package]}" for package in packages)),
-    ]
-    if "export" in record:
-        export = record["export"]
-        timed = f"timed in float32 by ONNX Runtime {export['onnxruntime']} and by PyTorch on {export['device']}"
-        threads = counted(export["cpu_threads"], "thread")
-        rows.append(("ONNX", f"{export['file']}: {exported_as(export)}; {timed}, {threads}"))
-    return rows
-
-
-def _checksums(record: Record) -> list[Any]:
-    digests = {part: record["dataset"].get(f"{part}_sha256") for part in ("train", "test")}  # absent in older records
-    return [
-        small(f"SHA-256 of the {part.replace('train', 'training')} images: {digest}")
-        for part, digest in digests.items()
-        if digest
-    ]
-
-
-def _per_class(dataset: Record, part: str) -> str:
-    """For example "; 1,000 of each class"; empty for an older record."""
-    counts = dataset.get(f"{part}_per_class")
-    if not counts:
-        return ""
-    least, most = min(counts), max(counts)
-    if least == most:
-        return f"; {least:,} of each class"
-    fewest, frequent = (dataset["classes"][counts.index(count)] for count in (least, most))
-    return f"; {least:,} ({fewest}) to {most:,} ({frequent}) of a class"
-
-
-def _checkpoints(record: Record) -> list[Any]:
-    return [small(f"{digest}  {name}") for name, digest in record["checkpoints"].items()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from reportlab.graphics.shapes import Drawing
 from reportlab.platypus import Flowable, Spacer
 
-from cleanai.report.charts import WIDTH, Panel, curves_chart
+from cleanai.report.curves import Panel, curves_chart
+from cleanai.report.drawing import WIDTH
 from cleanai.report.page import build_pdf, pairs, section, table, text
 from cleanai.report.sweep_text import (
     COSTS,
