@@ -1,4 +1,4 @@
-"""Make the generated pages: docs/results.md from `results/`, docs/options.md from the scripts, and README.md's table.
+"""Make the generated pages: docs/results.md from `results/`, docs/options.md from the scripts, and the READMEs' table.
 
 python benchmarks/make_docs.py            # or: make docs
 python benchmarks/make_docs.py --check    # status 1 when a page is not up to date
@@ -39,6 +39,16 @@ RESULTS = PROJECT / "results"
 SHOWN = "cpu/minus20"  # the folder of the run that README.md and the first section show
 NAME = "ResNet18_CIFAR10"
 BEGIN, END = "<!-- results: made by `make docs` -->", "<!-- end of results -->"
+TURKISH = {
+    "Original": "Orijinal",
+    ", pruned": ", budanmış",
+    ", fine-tuned": ", ince ayarlı",
+    "Accuracy (%), all test images": "Doğruluk (%), tüm test görüntüleri",
+    "Accuracy (%), held-out test images": "Doğruluk (%), ayrılmış test görüntüleri",
+    "p (exact McNemar test, held-out)": "p (kesin McNemar testi, ayrılmış)",
+    "Parameters (M)": "Parametre (M)",
+    "Speed-up for one image (medians)": "Tek görüntüde hızlanma (medyan)",
+}
 
 
 def main() -> None:
@@ -46,7 +56,8 @@ def main() -> None:
     pages = {
         PROJECT / "docs" / "results.md": results_page(),
         PROJECT / "docs" / "options.md": options_page(),
-        PROJECT / "README.md": readme(),
+        PROJECT / "README.md": with_table("README.md", short_table()),
+        PROJECT / "README.tr.md": with_table("README.tr.md", in_turkish(short_table())),
     }
     different = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
@@ -61,11 +72,17 @@ def load(name: str) -> Record:
     return json.loads((RESULTS / SHOWN / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def readme() -> str:
-    """README.md with its table of results made again."""
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{short_table()}\n{END}{rest.split(END)[1]}"
+def with_table(name: str, table: str) -> str:
+    """A README with its table of results made again."""
+    before, rest = (PROJECT / name).read_text(encoding="utf-8").split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def in_turkish(table: str) -> str:
+    """A table of results with Turkish words and decimal commas."""
+    for english, turkish in TURKISH.items():
+        table = table.replace(english, turkish)
+    return re.sub(r"(?<=\d)\.(?=\d)", ",", table)
 
 
 def short_table() -> str:
@@ -123,6 +140,7 @@ def results_page() -> str:
         f"Device: {machine['device']}, {machine['precision']}; PyTorch {machine['torch']}.",
         *(_block(comparison_table(run)) for run in runs.values()),
         *("```bash\n" + "\n".join(run["commands"]) + "\n```" for run in runs.values()),
+        "Commands here name weights without their folder, which is `results/base/`.",
         f"Reports: {_links(f'TS1_Coverage_{NAME}.pdf', f'TS1_Wanda_{NAME}.pdf')}",
         "## The methods compared",
         _block(comparison_text(load(f"TS1_Comparison_{NAME}"))),

@@ -14,8 +14,8 @@ from cleanai.report.comparison import heldout_flags
 from cleanai.report.wording import Record, counted, listed, method_title, row_text, speedup
 from cleanai.runtime.methods import METHODS
 
-_WIDTHS = [20, 17, 9, 8, 9, 10, 10, 11, 7]
-_HEADING = ["Run", "Method", "Removed", "Epochs", "Images", "Original", "Pruned", "Fine-tuned", "p"]
+_WIDTHS = [18, 16, 9, 8, 8, 8, 8, 10, 8, 11, 7]
+_HEADING = ["Run", "Method", "Removed", "Epochs", "Images", "Rate", "Distil", "Original", "Pruned", "Fine-tuned", "p"]
 _Rows = Sequence[dict]
 
 
@@ -35,8 +35,8 @@ def table(runs: dict[str, Record]) -> str:
             name.split()[0],
             method_title(run["method"]),
             f"{run['summary']['parameter_reduction_percent']:.1f}%",
-            str(run["config"]["epochs"]),
-            f"{run['dataset']['train_images']:,}" if trained else "",
+            *([str(run["config"]["epochs"]), f"{run['dataset']['train_images']:,}"] if trained else ["0", ""]),
+            *([str(run["config"][name]) for name in ("lr", "distil")] if trained else ["", ""]),
             f"{run['models']['original']['accuracy_heldout_percent']:.2f}",
             f"{changes[0]['difference_points']:+.2f}",
             f"{changes[1]['difference_points']:+.2f}" if trained else "",
@@ -100,18 +100,19 @@ def by_repair(rows: _Rows, removed_percent: int = 50) -> str:
 
 def by_epochs(runs: dict[str, Record], controls: _Rows) -> str:
     """How fine-tuning changed the held-out accuracy of pruned networks, and of the original one."""
-    gains: dict[tuple[int, int], list[float]] = {}
+    gains: dict[str, list[float]] = {}
     for run in runs.values():
-        if run["config"]["epochs"]:
-            models, much = run["models"], (run["config"]["epochs"], run["dataset"]["train_images"])
+        config, models = run["config"], run["models"]
+        if config["epochs"]:
+            how = f"{counted(config['epochs'], 'epoch')} of {run['dataset']['train_images']:,} images, peak rate "
+            how += f"{config['lr']}, {'distilled' if config['distil'] == 1 else 'with labels'}"
+            how += f" and distilled, weight {config['distil']}" if 0 < config["distil"] < 1 else ""
             gain = models["fine_tuned"]["accuracy_heldout_percent"] - models["pruned"]["accuracy_heldout_percent"]
-            gains.setdefault(much, []).append(gain)
+            gains.setdefault(how, []).append(gain)
     changed = "; ".join(
-        f"{counted(epochs, 'epoch')} of {images:,} images by {spanned(values, '+.2f')} points "
-        f"({counted(len(values), 'run')})"
-        for (epochs, images), values in gains.items()
+        f"{how}: {spanned(values, '+.2f')} points ({counted(len(values), 'run')})" for how, values in gains.items()
     )
-    text = f"- **What do the epochs bring?** Fine-tuning changed the held-out accuracy of a pruned network: {changed}."
+    text = f"- **What do the epochs bring?** Fine-tuning changed the held-out accuracy of pruned networks. {changed}."
     dense = {row["trained"]: row["heldout_percent"] for row in controls if row["network"] == "Not pruned"}
     if dense:
         before, after = dense.values()

@@ -143,7 +143,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "speedup": {
         "type": _between(1, 100),
-        "help": "prune until the network is so many times as fast on this device, by the median; implies --ratio auto",
+        "help": "prune until the network is so many times as fast on this device, by the median; implies --ratio auto; "
+        "without --accept-drop at any accuracy",
     },
     "speedup_of": {"choices": ("single", "batch"), "help": "what --speedup is measured on: one image, or a batch"},
     "keep_layers": {

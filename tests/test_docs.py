@@ -30,7 +30,9 @@ def test_the_generated_pages_are_those_of_the_records_and_scripts(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert _text(PROJECT / "docs" / "results.md") == make_docs.results_page()
     assert _text(PROJECT / "docs" / "options.md") == make_docs.options_page()
-    assert _text(README) == make_docs.readme()
+    table = make_docs.short_table()
+    assert _text(README) == make_docs.with_table("README.md", table)
+    assert _text(TURKISH) == make_docs.with_table("README.tr.md", make_docs.in_turkish(table))
     assert "%%" not in make_docs.options_page()
 
 

@@ -35,7 +35,7 @@ def image_set(
 
     `mean` and `std` hold a number per channel, of pixels between 0 and 1: those that the network was trained with. For
     a folder and for uint8 they are by default those of these images. `labels` (N,) are class indices, for a tensor;
-    without them all are 0. Pruning does not use them. Raises UserError when the images are not as described.
+    without them all are 0. Only pruning with "auto" uses them. Raises UserError when the images are not as described.
     """
     channels = _statistics(mean, std)
     if isinstance(source, torch.Tensor):
