@@ -136,6 +136,8 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
             raise UserError(f"{path} does not hold a {model}: {name} is missing or of another kind")
     give_shapes(network, state)
     load_into(network, state, path)
+    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+        raise UserError(f"{path} holds weights that are not finite: start over with --fresh and a lower --lr")
     weight = next(network.parameters())
     try:
         with torch.inference_mode():  # finds layers whose shapes do not fit each other

@@ -21,6 +21,7 @@ from cleanai.runtime.foreign import foreign_code
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
+_MOST_SHARED = 64  # layers with one weight
 _FOLDER = 0x10  # among the attributes of a member of an archive
 # The types of a checkpoint's entries, where they are present.
 _TYPES: dict[str, type] = {
@@ -56,7 +57,8 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU.
 
     Raises UserError when a byte of it has changed, when it is no checkpoint of ours or of a newer version, when a
-    number in it is not finite, and when an entry is not as `expected` (for example model="ResNet18").
+    tensor in it holds NaN, and when an entry is not as `expected` (for example model="ResNet18"). Infinity is no fault:
+    the mask of a network may hold it.
     """
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
@@ -69,15 +71,12 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
         raise damaged
     if not all(isinstance(content.get(key, kind()), kind) for key, kind in _TYPES.items()):
         raise damaged
-    if tensor_bytes(content) > archive_bytes:  # a forged tensor can claim more memory than its file has
+    if not is_within(content, archive_bytes):
         raise damaged
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
-    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(content)):
-        raise UserError(
-            f"{path} holds numbers that are not finite: delete it, and run the script again that made it, "
-            "with a lower --lr if that made them"
-        )
+    if any(bool(tensor.isnan().any()) for tensor in _tensors(content)):
+        raise UserError(f"{path} holds values that are no numbers (NaN): start over with --fresh and a lower --lr")
     content = _Content(path, content)
     for key in ("config", "training", "pruning", "evaluation"):
         if key in content:
@@ -121,11 +120,16 @@ def verified_size(path: Path) -> int:
     return size
 
 
-def tensor_bytes(content: Any) -> int:
-    """The memory that the tensors in nested containers need, shared or copied, whichever is more."""
+def is_within(content: Any, archive_bytes: int) -> bool:
+    """Whether the tensors in nested containers need about as much memory as their archive has bytes.
+
+    Forged ones can need more: by repeating the elements of their storage, or by a thousand tensors on one. Few are
+    honest: layers that share a weight.
+    """
     tensors = _tensors(content)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return max(sum(storages.values()), sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(storages.values()) <= archive_bytes and needed <= _MOST_SHARED * archive_bytes
 
 
 def _tensors(content: Any) -> list[Any]:
@@ -196,8 +200,13 @@ _OLDER = {"calibrate_on": "test"}  # settings that older runs lack, with what th
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
     for key in {**config, **made_with}:
         before, now = made_with.get(key, _OLDER.get(key)), config.get(key, _OLDER.get(key))
-        if before == now:
+        if before == now or (key == "images_sha256" and None in (before, now)):  # older checkpoints lack it
             continue
+        if key == "images_sha256":
+            raise UserError(
+                f"{path} was made from other images than those that are there now: put the earlier ones back, use "
+                "another --checkpoints-dir, or start over with --fresh"
+            )
         if key == "fine_tuned_model":
             raise UserError(f"{path} was made from another fine-tuned model: start over with --fresh")
         if key == "weights_sha256":

@@ -1,5 +1,6 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +238,59 @@ def test_strings_of_a_file_are_printed_on_one_line(tmp_path):
     assert r"the model a\nb\x1b[31mş\u202e, and" in str(error.value)
     with pytest.raises(UserError, match=r"--dataset x\\ry,"):
         find_checkpoint(path, {"dataset": "z"})
+
+
+def test_layers_that_share_a_weight_are_no_damage_and_forged_tensors_are(tmp_path):
+    path, shared = tmp_path / "a.pth", torch.randn(5000)
+    save_checkpoint(path, {"state_dict": {"one": shared, "two": shared[:]}})
+    state = load_checkpoint(path)["state_dict"]
+    assert torch.equal(state["one"], shared) and torch.equal(state["two"], shared)
+    for forged in ({"w": torch.zeros(1).expand(10**6)}, {str(number): shared[:] for number in range(100)}):
+        save_checkpoint(path, {"state_dict": forged})
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
+
+
+class Masked(SmallNetwork):
+    """A network with minus infinity in a buffer, as causal masks have it."""
+
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.register_buffer("mask", torch.full((classes, classes), -torch.inf).triu(1))
+
+
+def test_a_mask_of_infinities_is_no_damage_and_weights_that_are_not_finite_are(tmp_path):
+    path, network = tmp_path / "n.pth", Masked(10)
+    model = f"{__file__}:Masked"
+    save_network(path, network, {**FACTS, "model": model})
+    assert load_network(path, model).mask.isinf().any()
+    for number, named in ((torch.inf, "not finite"), (torch.nan, "NaN")):
+        network.classifier.weight.data[0, 0] = number
+        save_network(path, network, {**FACTS, "model": model})
+        with pytest.raises(UserError, match=f"{named}.*--lr") as error:
+            load_network(path, model)
+        assert "delete" not in str(error.value)
+
+
+def test_a_run_with_other_images_is_refused_and_an_older_one_is_not(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"config": {"lr": 0.1, "images_sha256": "1"}})
+    with pytest.raises(UserError, match=r"a\.pth was made from other images .*--fresh"):
+        find_checkpoint(path, {"lr": 0.1, "images_sha256": "2"})
+    save_checkpoint(path, {"config": {"lr": 0.1}})
+    assert find_checkpoint(path, {"lr": 0.1, "images_sha256": "2"})
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_written_on_windows(tmp_path, monkeypatch):
+    path, replace, tries = tmp_path / "a.bin", Path.replace, []
+
+    def held(self, target):
+        tries.append(target)
+        if len(tries) < 3:
+            raise PermissionError(13, "Access is denied")
+        return replace(self, target)
+
+    monkeypatch.setattr("cleanai.runtime.files._WINDOWS", True)
+    monkeypatch.setattr(Path, "replace", held)
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and len(tries) == 3
