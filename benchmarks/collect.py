@@ -19,7 +19,7 @@ from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT
 
 NAME = "ResNet18_CIFAR10"
-_PATH = r' --checkpoints-dir ("[^"]*"|\S+)'
+_PATH = r' --(checkpoints|data)-dir ("[^"]*"|\S+)'
 
 
 def main() -> None:

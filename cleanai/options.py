@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, Callable
 
 from cleanai.runtime.files import printable
-from cleanai.runtime.scenario import CHECKPOINTS_DIR, PROJECT, is_dataset_name
+from cleanai.runtime.scenario import CHECKPOINTS_DIR, DATA_DIR, PROJECT, is_dataset_name
+
+MOST_SEED = 2**31 - 1  # its products with epochs fit into PyTorch's seeds
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+        if not text.isdigit() or not least <= int(text) <= most:
+            range_ = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {range_}")
         return int(text)
 
     return parse
@@ -188,7 +191,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "choices": ("normalized_mean", "frequency", "mean_absolute", "combined"),
         "help": "how the coverage of a channel is measured",
     },
-    "seed": {"type": _whole(0), "help": "random seed"},
+    "seed": {"type": _whole(0, MOST_SEED), "help": "random seed"},
     "precision": {
         "choices": ("auto", "float32", "bfloat16", "float16"),
         "help": "precision of training and evaluation; auto takes the fastest that the hardware supports",
@@ -205,7 +208,7 @@ COMMON: dict[str, dict[str, Any]] = {
         "help": "compile the training steps with torch.compile: faster on a GPU after a minute or more of compiling; "
         "results differ by rounding",
     },
-    "data_dir": {"type": _folder, "default": PROJECT / "downloaded_datasets", "help": "folder of the datasets"},
+    "data_dir": {"type": _folder, "default": DATA_DIR, "help": "folder of the datasets"},
     "models_dir": {
         "type": _folder,
         "default": PROJECT / "downloaded_models",

@@ -18,10 +18,10 @@ from cleanai.measure.significance import judge_drop
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import network_from, save_network
 from cleanai.network.training import distil, require_even_shares
-from cleanai.network.trial import copied, try_network
+from cleanai.network.trial import copied, in_fitting_order
 from cleanai.network.weights import require_weights
 from cleanai.pruning.layers import find_layers
-from cleanai.pruning.pruner import prune_to_budget
+from cleanai.pruning.pruner import prune_to_budget, require_prunable
 from cleanai.pruning.repair import REPAIR_BYTES, most_images, recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.wording import Record, repair_stages, wrapped
@@ -48,8 +48,12 @@ class Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def save_pretrained(self, network: nn.Module) -> None:
-        """Try the preparing script's network on its images, and save it. With --fresh deletes earlier results."""
-        try_network(network, self.images, self.args.batch_size if self.args.epochs else None, self.compute)
+        """Try the preparing script's network: on its images, and whether it can be pruned; save it.
+
+        With --fresh deletes earlier results.
+        """
+        self._try(network, self.args.batch_size if self.args.epochs else None)
+        require_prunable(network, self.images.test)
         if self.args.fresh:
             self.scenario.remove_outputs()
         # Refuses an interrupted run with other settings.
@@ -65,7 +69,7 @@ class Run:
         if args.epochs or args.config.get("repair") == "distil":
             require_even_shares(self.images, args.batch_size)
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
-        try_network(original, self.images, args.batch_size if in_batches else None, self.compute)
+        self._try(original, args.batch_size if in_batches else None)
         self.split = Split.of(self.images, args.config)
         which = "all" if args.calibrate_on == "train" else "the other"
         print(
@@ -76,6 +80,11 @@ class Run:
         if args.fresh:
             scenario.remove_outputs()
         return original
+
+    def _try(self, network: nn.Module, batch_size: int | None) -> None:
+        """Try a network on the images, and place it in the order of memory in which it works."""
+        self.compute, self.images = in_fitting_order(network, self.images, batch_size, self.compute)
+        self.compute.place(network)
 
     def _count_repair_images(self, network: nn.Module) -> int:
         requested, there = self.args.repair_batches * self.args.batch_size, len(self.images.train)
@@ -183,8 +192,8 @@ class Run:
             "history": history,
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
             "commands": [
-                scenario.of("").command(self.prepared["config"]),
-                scenario.command(self.args.config),
+                scenario.of("").command(self.prepared["config"], self.args.data_dir),
+                scenario.command(self.args.config, self.args.data_dir),
             ],
             "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
         }

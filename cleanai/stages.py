@@ -5,6 +5,8 @@ PyTorch, which takes seconds to import, is imported only for an export.
 
 from __future__ import annotations
 
+import contextlib
+
 from cleanai import UserError
 from cleanai.cli import Options
 from cleanai.report.run_text import comparison_table
@@ -40,8 +42,9 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
 
 def save_record(scenario: Scenario, record: Record) -> None:
     """Write the record, which marks the run as finished, before the reports that are made from it."""
-    remove_file(scenario.report)
     write_record(scenario.record, record)
+    with contextlib.suppress(PermissionError):  # on Windows it may be open; `publish` replaces an older one
+        remove_file(scenario.report)
 
 
 def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) -> None:
@@ -65,7 +68,7 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
     except (UserError, OSError) as error:  # the finished run is reported all the same
         not_exported = error
     print("", *map(wrapped, origin_lines(record)), "", comparison_table(record), "", sep="\n", flush=True)
-    if not scenario.report.exists():
+    if not scenario.report.exists() or scenario.report.stat().st_mtime < scenario.record.stat().st_mtime:
         from cleanai.report.run_pdf import pdf_report
 
         with only_run(scenario):  # removes what a killed run left of it

@@ -47,7 +47,7 @@ def main():
         with only_run(scenario):
             record = measure(scenario, args)
             stages.save_record(scenario, record)
-    record.update(chosen=chosen_networks(scenario, args.config), tolerance_points=args.tolerance)
+    record.update(chosen=chosen_networks(scenario, record), tolerance_points=args.tolerance)
     record["answer"] = sweep_answer(record)
     print(f"\n{sweep_text(record)}\n", flush=True)
     stages.save_reports(scenario, record, sweep_csv(record), pdf_sweep(record))

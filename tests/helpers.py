@@ -266,7 +266,11 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         },
         "environment": dict(_ENVIRONMENT),
         "dataset": {**_DATASET, "calibration_images": 6_000, "calibrated_on": "test"},
-        "prepared_with": {**_PREPARED_WITH, "conditions": "bfloat16, 50,000 + 10,000 images from image folder"},
+        "prepared_with": {
+            **_PREPARED_WITH,
+            "conditions": "bfloat16, 50,000 + 10,000 images from image folder",
+            "images_sha256": "0" * 16,
+        },
         "models": models,
         "heldout_bits": pack(_heldout()),
         "summary": {

@@ -94,6 +94,7 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (1, ["--export", "tflite"], "--export"),
         (0, ["--export", "onnx"], "--export onnx"),
         (0, ["--epoch", "3"], "--epoch 3"),
+        (0, ["--seed", str(2**31)], "--seed: 2147483648 is not a whole number from 0 to 2147483647"),
         (0, ["--shift", "1"], "--shift: 1 "),
         (0, ["--dataset", "Digits", "--flip", "horizontal"], "--flip: Digits are never mirrored"),
         (2, ["--image-size", "32"], "--image-size 32: give it to script 1"),

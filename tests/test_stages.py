@@ -1,7 +1,9 @@
 """What the scripts share: publishing the results of a finished run, and the images of one at work."""
 
 import contextlib
+import os
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from cleanai import UserError, image_set, stages
 from cleanai.data.images import Images
 from cleanai.measure import deployment
 from cleanai.measure.latency import Times
-from cleanai.measure.provenance import checkpoint_facts
+from cleanai.measure.provenance import checkpoint_facts, image_digests
 from cleanai.run import Run
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
@@ -61,6 +63,27 @@ def test_a_network_that_cannot_be_exported_leaves_the_finished_run_and_its_repor
     assert read_record(scenario.record) == record
 
 
+def test_a_report_that_is_open_elsewhere_does_not_keep_a_run_from_its_end(scenario, monkeypatch):
+    options, record, unlink = _options(scenario, "none"), read_record(scenario.record), Path.unlink
+    stages.publish(scenario, record, options)
+    of_the_first = scenario.report.read_bytes()
+
+    def held(self, *args):
+        if self == scenario.report:
+            raise PermissionError(13, "The process cannot access the file")
+        unlink(self, *args)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    record["models"]["fine_tuned"]["loss"] += 1
+    stages.save_record(scenario, record)
+    monkeypatch.undo()
+    assert read_record(scenario.record) == record
+    assert scenario.report.read_bytes() == of_the_first
+    os.utime(scenario.record, (scenario.report.stat().st_mtime + 1,) * 2)  # the clock of some file systems is coarse
+    stages.publish(scenario, record, options)
+    assert scenario.report.read_bytes() != of_the_first
+
+
 def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
     given = []
 
@@ -72,7 +95,7 @@ def test_an_export_takes_as_long_as_it_may(scenario, monkeypatch):
 
     part = image_set(torch.randint(0, 256, (10_000, 3, 8, 8), dtype=torch.uint8))
     images, record = Images(part, part, ["a", "b"], False, "random images"), run_record("Wanda")
-    record["dataset"]["train_images"] = 10_000
+    record["dataset"].update(train_images=10_000, **image_digests(images))
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     monkeypatch.setattr(deployment, "time_in_turns", timed)
     monkeypatch.setattr(deployment, "load_network", lambda path, model: network)
@@ -89,8 +112,19 @@ def test_a_pattern_that_no_layer_matches_is_refused_before_any_work(digits, comp
     prepared = {**facts, "state_dict": SmallNetwork(10).state_dict()}
     args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16)
     run = Run(scenario, args, compute, digits, facts, prepared)
-    monkeypatch.setattr("cleanai.run.try_network", lambda *_: pytest.fail("a network was run"))
+    monkeypatch.setattr("cleanai.run.in_fitting_order", lambda *_: pytest.fail("a network was run"))
     with pytest.raises(
         UserError, match=r"No layer matches 'conv9', .* the layers are stem.0, first.0, second.0, last.0"
     ):
         run.load_original()
+
+
+def test_a_network_that_cannot_be_pruned_is_refused_before_it_is_trained(digits, compute, tmp_path):
+    network = SmallNetwork(10)
+    nn.utils.parametrizations.spectral_norm(network.first[0])
+    scenario = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path)
+    args = Namespace(config={}, epochs=1, batch_size=16, fresh=False)
+    run = Run(scenario, args, compute, digits, checkpoint_facts(scenario, digits, compute, {}))
+    with pytest.raises(UserError, match=r"the weight of first\.0 is computed from others"):
+        run.save_pretrained(network)
+    assert not scenario.pretrained.exists()

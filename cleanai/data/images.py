@@ -154,6 +154,11 @@ class Images:
         large = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 3
         return replace(self, train=self.train.to(device, large), test=self.test.to(device, large))
 
+    def ordered(self, memory_format: torch.memory_format) -> Images:
+        """The same with batches in another order of memory."""
+        parts = {name: replace(getattr(self, name), memory_format=memory_format) for name in ("train", "test")}
+        return replace(self, **parts)
+
     def normalised_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Images:
         """The same, normalised by other channel means and deviations, of pixels between 0 and 1. None keeps them."""
         given = {name: torch.tensor(values) for name, values in (("mean", mean), ("std", std)) if values is not None}

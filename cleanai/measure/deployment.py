@@ -15,10 +15,12 @@ from cleanai import UserError
 from cleanai.data.images import Images, ImageSet
 from cleanai.measure.latency import LATENCY_CALLS, LATENCY_TURNS, distribution_ms, time_in_turns
 from cleanai.measure.onnx_export import INPUT, OUTPUT, export_onnx, onnx_model, open_session, runner
+from cleanai.measure.provenance import image_digests
 from cleanai.measure.quantize import QUANTIZE_IMAGES, quantize_onnx
 from cleanai.measure.results import Split
 from cleanai.measure.standalone import for_export, scenario_images, write
 from cleanai.network.models import load_network
+from cleanai.network.trial import in_fitting_order
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.distributed import end_all_but_first
 from cleanai.runtime.scenario import Scenario
@@ -42,6 +44,7 @@ def export_scenario(
     end_all_but_first()
     networks = {name: load_network(path, scenario.model) for name, path in scenario.networks.items()}
     images = _same_images(scenario, record, data_dir)
+    compute, images = in_fitting_order(networks["original"], images, None, compute)
     split = Split.of(images, record["config"])
     heldout = images.test.select(split.heldout)
 
@@ -87,7 +90,7 @@ def export_scenario(
 
 
 def _same_images(scenario: Scenario, record: dict[str, Any], data_dir: Path) -> Images:
-    """The images of a finished run, as it used them. UserError when there are more or fewer now."""
+    """The images of a finished run, as it used them. UserError when there are others now."""
     config, dataset = record["config"], record["dataset"]
     images = scenario_images(scenario, data_dir).with_train_samples(config["train_samples"], config["seed"])
     counts = {"training": (len(images.train), dataset["train_images"])}
@@ -98,6 +101,12 @@ def _same_images(scenario: Scenario, record: dict[str, Any], data_dir: Path) -> 
                 f"{scenario.dataset} has {now:,} {kind} images now, and {scenario.record} was measured with "
                 f"{before:,}: start over with --fresh"
             )
+    now = image_digests(images)
+    if any(dataset.get(part, digest) != digest for part, digest in now.items()):  # older records lack them
+        raise UserError(
+            f"{scenario.dataset} has other images now than those {scenario.record} was measured with: put these back, "
+            "or start over with --fresh"
+        )
     return images
 
 

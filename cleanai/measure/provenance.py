@@ -22,7 +22,7 @@ FEW_CHANNELS = 1 / 8  # share of a layer's channels; pruning keeps a tenth or mo
 
 
 def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a checkpoint besides its weights. `config` with the conditions of the run identifies it."""
+    """The entries of a checkpoint besides its weights. `config`, with conditions and images, identifies the run."""
     if compute.device.type == "cuda":
         how = ", deterministic" if compute.deterministic else ""
     else:  # another number of threads sums in another order
@@ -36,7 +36,7 @@ def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, confi
         "image_size": list(images.train.pixels.shape[-2:]),
         "mean": images.train.mean.tolist(),
         "std": images.train.std.tolist(),
-        "config": {**config, "conditions": conditions},
+        "config": {**config, "conditions": conditions, "images_sha256": _digest_of_both(images)},
     }
 
 
@@ -56,7 +56,7 @@ def describe_run(
             "test_images": len(images.test),
             "classes": list(images.classes),
             **{f"{part}_per_class": _per_class(images, part) for part in ("train", "test")},
-            **{f"{part}_sha256": _digest(getattr(images, part)) for part in ("train", "test")},
+            **image_digests(images),
             **({} if calibration_images is None else _calibration(config, calibration_images)),
         },
     }
@@ -69,6 +69,15 @@ def _calibration(config: dict[str, Any], images: int) -> dict[str, Any]:
 def _per_class(images: Images, part: str) -> list[int]:
     labels = getattr(images, part).labels.cpu()
     return torch.bincount(labels, minlength=len(images.classes)).tolist()
+
+
+def image_digests(images: Images) -> dict[str, str]:
+    """`train_sha256` and `test_sha256`: of the pixels and labels of the training and of the test images."""
+    return {f"{part}_sha256": _digest(getattr(images, part)) for part in ("train", "test")}
+
+
+def _digest_of_both(images: Images) -> str:
+    return hashlib.sha256("".join(image_digests(images).values()).encode("ascii")).hexdigest()[:16]
 
 
 def _digest(images: ImageSet) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +53,25 @@ def try_outputs(network: nn.Module, inputs: torch.Tensor, name: str) -> torch.Te
         found = "x".join(map(str, getattr(outputs, "shape", ()))) or f"a {type(outputs).__name__}"
         raise UserError(f"{title} gives {found} for {len(inputs)} images, and must give one tensor, a row per image")
     return outputs
+
+
+def in_fitting_order(
+    network: nn.Module, images: Images, batch_size: int | None, compute: Compute
+) -> tuple[Compute, Images]:
+    """`compute` and `images` in the order of memory in which a network works; UserErrors of `try_network` when in none.
+
+    That is channels last, which is fastest, or for a network that flattens with `view` the usual order.
+    """
+    try:
+        try_network(compute.place(copied(network)), images, batch_size, compute)
+        return compute, images
+    except UserError:
+        usual = replace(compute, memory_format=torch.contiguous_format)
+        ordered = images.ordered(usual.memory_format)
+        with contextlib.suppress(UserError):
+            try_network(usual.place(copied(network)), ordered, batch_size, usual)
+            return usual, ordered
+        raise
 
 
 def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:

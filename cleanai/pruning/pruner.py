@@ -10,6 +10,7 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError
+from cleanai.data.images import ImageSet
 from cleanai.network.activations import record_statistics
 from cleanai.network.trial import copied
 from cleanai.pruning.criteria import ActivationImportance, OBSImportance
@@ -87,6 +88,18 @@ def prune_to_budget(
         started = time.perf_counter()
     layers = compare_widths(widths_before, network)
     return {"steps": steps, "layers": layers, "sensitivity": pruning.sensitivity}, pruning.unrepaired
+
+
+def require_prunable(network: nn.Module, images: ImageSet) -> None:
+    """Raise the UserErrors of `prune_to_budget` that do not depend on its settings: before hours of training.
+
+    Network and random numbers stay as they are.
+    """
+    network, (two, _) = copied(network), next(images.select(torch.arange(2) % len(images)).batches(2))
+    require_plain(network)
+    with torch.random.fork_rng([two.device] if two.is_cuda else []), prepared(network):
+        require_working(network, two)
+        sound_groups(network, two)
 
 
 class _Pruning:

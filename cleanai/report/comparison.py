@@ -50,7 +50,8 @@ def compare_methods(scenario: Scenario) -> Record:
     comparable = _same_images(runs)
     if not comparable:
         remarks.append(
-            "The methods used different held-out images (another seed, number of calibration images or dataset), so "
+            "The methods used different held-out images (another seed, number of calibration images, dataset "
+            "or other pictures in it), so "
             "they are not compared with each other"
         )
     record = {
@@ -85,7 +86,10 @@ def heldout_change(run: Record) -> Record:
 
 def _same_images(runs: _Runs) -> bool:
     """Whether the held-out images of all runs are the same."""
-    return len({(run["dataset"]["name"], run["dataset"]["source"], run["heldout_bits"]) for run in runs.values()}) == 1
+    datasets = [run["dataset"] for run in runs.values()]
+    pictures = {dataset.get("test_sha256") for dataset in datasets} - {None}  # older records lack it
+    chosen = {(run["dataset"]["name"], run["dataset"]["source"], run["heldout_bits"]) for run in runs.values()}
+    return len(chosen) == 1 and len(pictures) <= 1
 
 
 def _difference(flags: _Flags, stage: str, first: str, second: str) -> dict[str, Any]:

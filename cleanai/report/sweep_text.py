@@ -39,8 +39,8 @@ _SAME = {
 }
 
 
-def chosen_networks(scenario: Scenario, config: Record) -> list[Record]:
-    """The networks of the pruning scripts that can be shown beside a sweep with this `config`, if there are such.
+def chosen_networks(scenario: Scenario, sweep: Record) -> list[Record]:
+    """The networks of the pruning scripts that can be shown beside the sweep with this record, if there are such.
 
     They were made from the same fine-tuned model, and their held-out accuracy is on the same test images. Each has
     `criterion`, `stage` ("pruned" or "fine_tuned"), `parameters`, `macs`, and that accuracy.
@@ -48,14 +48,19 @@ def chosen_networks(scenario: Scenario, config: Record) -> list[Record]:
     chosen = []
     for method in METHODS:
         record = read_record(scenario.of(method).record)
-        if record and all(
-            record["config"].get(name, usual) == config.get(name, usual) for name, usual in _SAME.items()
-        ):
+        if record and _is_comparable(record, sweep):
             for stage in ("pruned", "fine_tuned") if record["config"]["epochs"] else ("pruned",):
                 model = record["models"][stage]
                 network = {"criterion": method_title(method), "stage": stage, **{cost: model[cost] for cost in COSTS}}
                 chosen.append({**network, "accuracy_percent": model["accuracy_heldout_percent"]})
     return chosen
+
+
+def _is_comparable(record: Record, sweep: Record) -> bool:
+    pictures = {each["dataset"].get("test_sha256") for each in (record, sweep)} - {None}  # older records lack it
+    settings = (record["config"], sweep["config"])
+    same = all(len({str(config.get(name, usual)) for config in settings}) == 1 for name, usual in _SAME.items())
+    return same and len(pictures) <= 1
 
 
 def criteria(record: Record) -> list[str]:

@@ -16,6 +16,8 @@ from typing import BinaryIO, Iterator
 from cleanai import UserError
 from cleanai.runtime import distributed
 
+_WINDOWS = os.name == "nt"
+_TRIES, _TRY_AGAIN_S = 20, 0.25
 ABANDONED_S = 3600  # a running download or decoding writes far more often than that
 
 
@@ -56,10 +58,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _move(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # replaced, or never created
             temporary.unlink()
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place. On Windows a virus scanner may hold either of them for a moment."""
+    for remaining in reversed(range(_TRIES)):
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if not _WINDOWS or not remaining:
+                raise
+            time.sleep(_TRY_AGAIN_S)
 
 
 def remove_leftovers(*paths: Path) -> None:

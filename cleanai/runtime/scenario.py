@@ -17,7 +17,7 @@ from cleanai.runtime import distributed
 from cleanai.runtime.methods import METHODS
 
 PROJECT = Path(__file__).resolve().parents[2]
-CHECKPOINTS_DIR = PROJECT / "checkpoints"
+CHECKPOINTS_DIR, DATA_DIR = PROJECT / "checkpoints", PROJECT / "downloaded_datasets"
 SCRIPTS_DIR = PROJECT / "test_scenarios"
 
 DOWNLOADABLE = "CIFAR10"
@@ -25,7 +25,7 @@ EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
-_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions")
+_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "images_sha256")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -179,14 +179,16 @@ class Scenario:
         """Held while this script runs."""
         return self.checkpoints_dir / ".locks" / f"{self.name}.lock"
 
-    def command(self, config: dict[str, Any] | None = None) -> str:
-        """The command that runs this script on the same dataset and folder, with the settings in `config`."""
+    def command(self, config: dict[str, Any] | None = None, data_dir: Path = DATA_DIR) -> str:
+        """The command that runs this script on the same dataset and folders, with the settings in `config`."""
         word = self.method.lower() or "prepare"
         script = next(iter(sorted(SCRIPTS_DIR.glob(f"{self.number}_*_{word}_*.py"))), None)
         name = script.name if script else f"{self.number}_..._{word}_....py"
         is_default = script and f'"dataset": "{self.dataset}"' in script.read_text(encoding="utf-8")
         dataset = "" if is_default else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
+        if data_dir != DATA_DIR and self.dataset != EMBEDDED:
+            folder += f' --data-dir "{data_dir}"'
         settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_OPTIONS)
         return f"python test_scenarios/{name}{dataset}{folder}{settings}"
 
@@ -194,7 +196,8 @@ class Scenario:
         """Raise UserError when the preparing script has not left its network yet."""
         if not self.fine_tuned.exists():
             require_known_dataset(self.dataset, data_dir)
-            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {self.of('').command()}")
+            first = self.of("").command(data_dir=data_dir)
+            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {first}")
 
     def refuse_own_file(self, path: Path) -> None:
         """Raise UserError when `path` is a file that this script writes, and deletes with --fresh."""
@@ -210,7 +213,10 @@ class Scenario:
         with distributed.first_before_others():
             for pattern in self._outputs():
                 for path in pattern.parent.glob(pattern.name):
-                    path.unlink()
+                    try:
+                        path.unlink()
+                    except PermissionError as error:
+                        raise UserError(f"{path} cannot be deleted: close the program that holds it open") from error
 
     def remove_unfinished(self) -> None:
         """Delete the half-written files of a killed run. Call it only while the lock is held."""
@@ -223,10 +229,10 @@ class Scenario:
         return not self.method or self.method in METHODS
 
     def _outputs(self) -> list[Path]:
-        """Every file that this script writes, as patterns of names."""
+        """Every file that this script writes, as patterns of names; first what others may hold open."""
         if not self._trains:
-            return [self.record, self.report, self.table, self.resume]
-        own = [self.record, self.report, self.pruned] if self.method else [self.record, self.pretrained]
+            return [self.report, self.table, self.record, self.resume]
+        own = [self.report, self.record, self.pruned] if self.method else [self.record, self.pretrained]
         return [*own, self.final, self.exported, self.quantized, self.standalone, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:

@@ -84,3 +84,6 @@ def test_other_images_than_those_of_the_run_are_refused(exported):
     record = {**RECORD, "dataset": {"train_images": 1437, "test_images": 361}}
     with pytest.raises(UserError, match=r"360 test images now, and .* was measured with 361"):
         export_scenario(scenario, record, scenario.checkpoints_dir, 0.5)
+    record["dataset"].update(test_images=360, test_sha256="of as many other images")
+    with pytest.raises(UserError, match=r"other images now .*--fresh"):
+        export_scenario(scenario, record, scenario.checkpoints_dir, 0.5)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cleanai.measure.provenance import describe_run, find_warnings
+from cleanai.measure.provenance import checkpoint_facts, describe_run, find_warnings
 from cleanai.runtime.scenario import Scenario
 
 LAYERS = [{"name": "conv1", "channels_before": 64, "channels_after": 56}]
@@ -61,3 +61,15 @@ def test_the_images_are_counted_per_class_and_have_a_checksum(digits, compute, t
     after = described(replace(digits, test=other))
     assert after["test_sha256"] != before["test_sha256"], "the order counts"
     assert after["train_sha256"] == before["train_sha256"]
+
+
+def test_a_run_is_one_with_the_images_it_was_made_from(digits, compute, tmp_path):
+    scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path)
+    repainted = replace(digits.test, pixels=digits.test.pixels.clone())
+    repainted.pixels[7, 0, 3, 3] ^= 1
+
+    def config(images):
+        return checkpoint_facts(scenario, images, compute, {"lr": 0.1})["config"]
+
+    assert config(digits) == config(replace(digits)) and config(digits)["lr"] == 0.1
+    assert config(digits) != config(replace(digits, test=repainted)), "one pixel"

@@ -19,7 +19,7 @@ from cleanai.network.models import (
     resnet18_for_small_images,
     save_network,
 )
-from cleanai.network.trial import try_network
+from cleanai.network.trial import in_fitting_order, try_network
 from tests.helpers import parameter_count, random_images, serving, torch_macs
 
 
@@ -182,3 +182,25 @@ def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are(side, bat
     assert torch.equal(torch.get_rng_state(), random)
     assert network.training and not any(module._forward_pre_hooks for module in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+class _Viewing(nn.Module):
+    """A network that flattens with `view`, as many do."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 4)
+
+    def forward(self, x):
+        x = self.convolution(x).relu()
+        return self.linear(x.view(x.size(0), -1))
+
+
+def test_a_network_that_flattens_with_view_gets_the_usual_order_of_memory(compute):
+    images = _images(8)
+    for network, fitting in ((_Viewing(), torch.contiguous_format), (build("ResNet18", 4), torch.channels_last)):
+        chosen, ordered = in_fitting_order(network, images, 2, compute)
+        assert chosen.memory_format == ordered.train.memory_format == ordered.test.memory_format == fitting
+        try_network(chosen.place(network), ordered, 2, chosen)
+    with pytest.raises(UserError, match="reads 1 channels"):
+        in_fitting_order(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), images, 2, compute)

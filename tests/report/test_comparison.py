@@ -187,8 +187,15 @@ def test_methods_that_pruned_different_networks_are_refused(records, tmp_path):
         compared(tmp_path, records)
 
 
-def test_other_images_are_not_compared_with_each_other(records, tmp_path):
-    records["Wanda"]["heldout_bits"] = pack(np.arange(10_000) < 4000)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heldout_bits": pack(np.arange(10_000) < 4000)},
+        {"dataset": {**run_record("Wanda")["dataset"], "test_sha256": "of as many other images"}},
+    ],
+)
+def test_other_images_are_not_compared_with_each_other(change, records, tmp_path):
+    records["Wanda"].update(change)
     record = compared(tmp_path, records)
     assert {d["first"] for d in record["differences"]} == {"original"}
     printed = comparison_text(record)

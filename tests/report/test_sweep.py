@@ -165,9 +165,11 @@ def chosen(tmp_path):
         record = run_record(method)
         record["config"]["fine_tuned_model"] = "abc" if method == "Wanda" else "another model"
         write_record(files.of(method).record, record)
-        settings = record["config"]
-    assert not chosen_networks(files, {**settings, "fine_tuned_model": "abc", "calibration_batches": 1})
-    return chosen_networks(files, {**settings, "fine_tuned_model": "abc"})
+    sweep = run_record("Wanda")
+    sweep["config"]["fine_tuned_model"] = "abc"
+    assert not chosen_networks(files, {**sweep, "config": {**sweep["config"], "calibration_batches": 1}})
+    assert not chosen_networks(files, {**sweep, "dataset": {**sweep["dataset"], "test_sha256": "of other pictures"}})
+    return chosen_networks(files, sweep)
 
 
 def test_calibration_on_training_images_is_named(record):
@@ -249,7 +251,7 @@ def test_a_network_that_was_not_fine_tuned_is_shown_once(tmp_path):
     files, record = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Sweep"), run_record("Wanda")
     record["config"]["epochs"] = 0
     write_record(files.of("Wanda").record, record)
-    assert [network["stage"] for network in chosen_networks(files, record["config"])] == ["pruned"]
+    assert [network["stage"] for network in chosen_networks(files, record)] == ["pruned"]
 
 
 def test_the_chosen_networks_are_those_pruned_from_this_model(record, chosen):

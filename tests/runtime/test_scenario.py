@@ -78,6 +78,24 @@ def test_starting_over_removes_only_what_the_script_made(tmp_path):
     assert all(path.exists() for path in others)
 
 
+def test_a_report_that_another_program_holds_open_is_named_and_the_rest_stays(tmp_path, monkeypatch):
+    scenario, unlink = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Wanda"), Path.unlink
+    outputs = [scenario.report, scenario.record, scenario.pruned, scenario.final]
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def held(self, *args):
+        if self == scenario.report:
+            raise PermissionError(13, "The process cannot access the file")
+        unlink(self, *args)
+
+    monkeypatch.setattr(Path, "unlink", held)
+    with pytest.raises(UserError, match=r"\.pdf cannot be deleted: close the program"):
+        scenario.remove_outputs()
+    assert all(path.exists() for path in outputs)
+
+
 @pytest.mark.parametrize("method", ["", "Coverage", "Wanda", "Comparison", "Sweep"])
 def test_names_hold_nothing_that_windows_forbids(method):
     files = Scenario("TS1", "ResNet18", "Çiçekler-2", Path("c"), method)
@@ -96,7 +114,8 @@ def test_a_missing_fine_tuned_model_names_the_command_that_makes_it(tmp_path, mo
     with pytest.raises(UserError) as error:
         files.require_fine_tuned(tmp_path)
     assert str(error.value) == (
-        f"Fine-tuned model not found: {files.fine_tuned}. Run first: python test_scenarios/TS1_01_prepare_model.py"
+        f"Fine-tuned model not found: {files.fine_tuned}. Run first: python test_scenarios/TS1_01_prepare_model.py "
+        f'--data-dir "{tmp_path}"'
     )
 
 
@@ -112,6 +131,14 @@ def test_a_command_holds_all_settings():
         "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8 "
         '--keep-layers conv1 "layer4.*"'
     )
+
+
+def test_a_command_names_the_folder_of_the_images_where_it_is_another():
+    first = Scenario("TS1", "ResNet18", "CIFAR10", Path("c"))
+    assert first.command(data_dir=Path("my pictures")).endswith(' --checkpoints-dir "c" --data-dir "my pictures"')
+    embedded = Scenario("TS1", "ResNet18", "Digits", Path("c"))
+    for command in (first.command(), embedded.command(data_dir=Path("my pictures"))):
+        assert command.endswith('--checkpoints-dir "c"')
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, SWEEP])
