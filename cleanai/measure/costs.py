@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from cleanai.network.activations import CONSUMERS
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its version check uses a deprecated function
     import thop
+    from thop.profile import register_hooks
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
@@ -26,13 +28,12 @@ def count_parameters(network: nn.Module) -> dict[str, int]:
 
 def count_macs(network: nn.Module, example: torch.Tensor) -> int:
     """Multiply-accumulates for the input `example` of one image, as thop counts them (batch norm included)."""
-    # thop leaves buffers in the modules, so it gets a copy.
-    return int(thop.profile(copy.deepcopy(network).eval(), inputs=(example,), verbose=False)[0])
+    return int(_profiled(network, example)[0])
 
 
 def count_layers(network: nn.Module, example: torch.Tensor) -> dict[str, dict[str, int]]:
     """The parameters and the multiply-accumulates, as `count_macs` counts, of each convolution and linear layer."""
-    counted = thop.profile(copy.deepcopy(network).eval(), inputs=(example,), verbose=False, ret_layer_info=True)[2]
+    counted = _profiled(network, example, ret_layer_info=True)[2]
 
     def macs(name: str) -> int:
         *parents, last = name.split(".")
@@ -46,6 +47,14 @@ def count_layers(network: nn.Module, example: torch.Tensor) -> dict[str, dict[st
         for name, layer in network.named_modules()
         if isinstance(layer, CONSUMERS)
     }
+
+
+def _profiled(network: nn.Module, example: torch.Tensor, **options: bool) -> Any:
+    """What thop finds. It leaves buffers in the modules, so it gets a copy; it does not know subclasses by itself."""
+    kinds = {type(module) for module in network.modules()} - register_hooks.keys()
+    rules = {kind: register_hooks[base] for kind in kinds for base in kind.__mro__[::-1] if base in register_hooks}
+    network = copy.deepcopy(network).eval()
+    return thop.profile(network, inputs=(example,), custom_ops=rules, verbose=False, **options)
 
 
 def size_mib(network: nn.Module) -> float:

@@ -106,7 +106,7 @@ def _summary(models: dict[str, dict[str, Any]]) -> dict[str, float]:
     original, pruned, final = models["original"], models["pruned"], models["fine_tuned"]
 
     def reduction_percent(key: str) -> float:
-        return 100 * (1 - final[key] / original[key])
+        return 100 * (1 - final[key] / original[key]) if original[key] else 0.0  # where thop counts nothing
 
     return {
         "parameter_reduction_percent": reduction_percent("parameters"),

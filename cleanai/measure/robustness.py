@@ -81,7 +81,7 @@ def chosen_images(images: ImageSet, count: int | None, macs: int, seed: int) -> 
 
     None chooses IMAGES, or fewer, down to LEAST_IMAGES, for a network that costs more than MACS on so many.
     """
-    return images.sample(max(LEAST_IMAGES, min(IMAGES, int(MACS / macs))) if count is None else count, seed)
+    return images.sample(max(LEAST_IMAGES, min(IMAGES, int(MACS / max(1, macs)))) if count is None else count, seed)
 
 
 def measure_robustness(networks: dict[str, nn.Module], images: ImageSet, compute: Compute) -> list[dict[str, Any]]:

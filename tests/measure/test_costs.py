@@ -43,3 +43,22 @@ def test_layers_are_counted_as_torch_counts_them():
         assert layer["parameters"] == parameter_count(network.get_submodule(name))
     rest = count_macs(network, example) - sum(layer["macs"] for layer in layers.values())
     assert 0 < rest < 0.01 * count_macs(network, example), "batch norm and pooling"
+
+
+class _SameConv(nn.Conv2d):
+    """A convolution of one's own, as other libraries have them."""
+
+
+class _OwnLinear(nn.Linear):
+    pass
+
+
+def test_layers_of_ones_own_class_are_counted_as_those_they_are_made_of():
+    def network(convolution, linear):
+        layers = (convolution(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(8, 4))
+        return nn.Sequential(*layers)
+
+    example = torch.zeros(1, 3, 10, 10)
+    own, usual = network(_SameConv, _OwnLinear), network(nn.Conv2d, nn.Linear)
+    assert count_macs(own, example) == count_macs(usual, example)
+    assert count_layers(own, example) == count_layers(usual, example)
