@@ -150,4 +150,6 @@ def removed_afterwards(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 def not_finite() -> UserError:
     """The error for a network whose activations are not finite."""
-    return UserError("The network computes values that are not finite numbers: its weights are damaged")
+    return UserError(
+        "The network computes values that are not finite numbers: its weights are damaged, or need --precision float32"
+    )

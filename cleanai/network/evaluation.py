@@ -34,7 +34,10 @@ class Evaluation:
 
 
 def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:
-    """Accuracy and mean cross-entropy of a network on all images. The network keeps its mode."""
+    """Accuracy and mean cross-entropy of a network on all images. The network keeps its mode.
+
+    The loss is not finite where an output is not, or where one exceeds the others by too much.
+    """
     all_labels, predicted = images.labels.to(compute.device), []
     loss = torch.zeros((), device=compute.device, dtype=torch.float64)
 

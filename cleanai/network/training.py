@@ -13,6 +13,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import Images
+from cleanai.network.activations import not_finite
 from cleanai.network.evaluation import Evaluation, evaluate
 from cleanai.network.models import load_into, save_network
 from cleanai.network.training_step import Teacher, TrainingStep
@@ -57,9 +58,9 @@ class NotFinite(UserError):
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate at `step` of `steps`: a linear rise to `peak`, then a linear fall to zero."""
+    """The learning rate at `step` of `steps`: a linear rise to `peak`, then a linear fall, to zero after the last."""
     rise = max(1, round(WARM_UP * steps))
-    return peak * min((step + 1) / rise, (steps - 1 - step) / max(1, steps - rise))
+    return peak * min((step + 1) / rise, (steps - step) / (steps - rise + 1))
 
 
 def fine_tune(
@@ -94,6 +95,8 @@ def fine_tune(
     else:
         find_checkpoint(scenario.resume, facts["config"])  # refuses an interrupted run with other settings
         test = evaluate(network, images.test, compute)
+        if not math.isfinite(test.loss):
+            raise not_finite()
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         results = _train_epoch(network, step, images, compute, epoch, settings)
@@ -112,6 +115,8 @@ def fine_tune(
             save_network(scenario.resume, network, {**facts, "epoch": epoch, **state})
 
     state = {"epoch": settings.epochs, "history": history, "evaluation": vars(test)}
+    for exported in (scenario.exported, scenario.quantized, scenario.standalone):
+        remove_file(exported)  # of another network, where the user removed its checkpoint
     save_network(scenario.final, network, {**facts, **state})
     remove_file(scenario.resume)
     return history, test

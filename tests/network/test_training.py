@@ -38,13 +38,15 @@ def _scenario(folder):
     return Scenario("TS1", "ResNet18", "Digits", folder)
 
 
-def test_the_learning_rate_rises_to_its_peak_and_ends_at_zero():
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_after_the_last_step():
     rates = [learning_rate(step, 50, 0.1) for step in range(50)]
     assert max(rates) == pytest.approx(0.1)
     assert rates.index(max(rates)) == 9
     assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
-    assert rates[-1] == 0
+    falls = [before - after for before, after in zip(rates[9:], rates[10:])]
+    assert falls == pytest.approx([rates[-1]] * 40)  # the next would be zero
+    assert learning_rate(0, 1, 0.1) == pytest.approx(0.1)  # the only step trains
 
 
 def test_evaluation_is_accuracy_and_mean_cross_entropy(network, digits, compute):
@@ -155,7 +157,7 @@ def test_training_learns_saves_every_fifth_epoch_and_reports_each(few, compute, 
         "seconds",
     }  # fmt: skip
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
-    assert history[-1]["learning_rate"] == 0
+    assert 0 < history[-1]["learning_rate"] < history[0]["learning_rate"]
     assert result.accuracy_percent == history[-1]["test_accuracy_percent"]
     assert sorted(path.name for path in scenario.folder.iterdir()) == [
         "ResNet18_Digits_FT_epoch5.pth",
@@ -229,6 +231,23 @@ def test_a_loss_that_is_not_finite_stops_the_training(start, few, compute, tmp_p
     with pytest.raises(UserError, match=expected):
         fine_tune(start, few, compute, SETTINGS, _scenario(tmp_path), FACTS)
     assert not _scenario(tmp_path).final.exists()
+
+
+def test_a_network_whose_outputs_are_not_finite_is_not_taken_as_it_is(start, few, compute, tmp_path):
+    start.fc.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match="--precision float32"):
+        fine_tune(start, few, compute, replace(SETTINGS, epochs=0), _scenario(tmp_path), FACTS)
+    assert not _scenario(tmp_path).final.exists()
+
+
+def test_exports_of_an_earlier_network_go_before_another_takes_its_place(start, few, compute, tmp_path):
+    scenario = _scenario(tmp_path).of("Wanda")
+    scenario.folder.mkdir()
+    exports = [scenario.exported, scenario.quantized, scenario.standalone]
+    for path in exports:
+        path.write_bytes(b"of a network whose checkpoint the user has deleted")
+    fine_tune(start, few, compute, replace(SETTINGS, epochs=0), scenario, FACTS)
+    assert scenario.final.exists() and not any(path.exists() for path in exports)
 
 
 def test_a_test_loss_that_is_not_finite_stops_the_training(start, few, compute, tmp_path, monkeypatch):
