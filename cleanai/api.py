@@ -18,6 +18,7 @@ from cleanai.pruning.layers import find_layers
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.pruning.settings import PruneImages, PruneSettings
+from cleanai.pruning.tracing import unwrapped
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.search import FURTHEST, Limits, prune_to_limits
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
@@ -68,7 +69,7 @@ def prune(
     settings = PruneSettings(*shares, STEPS, _multiples(round_to), nearest=True, keep_layers=_patterns(keep_layers))
     importance = _importance(criterion)
     with _Workplace(network) as place:
-        find_layers(place.network, settings.keep_layers)
+        find_layers(unwrapped(place.network), settings.keep_layers)
         used = _prune_images(place.network, place.prepared(images))
         pruned = place.network
         if auto:
@@ -126,7 +127,8 @@ class _Workplace:
         others = sorted({str(tensor.dtype)[6:] for tensor in tensors if tensor.is_floating_point()} - {"float32"})
         if others:
             raise UserError(f"The network has {others[0]} weights, and must have float32 ones: give network.float()")
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        finite = all(bool(weight.isfinite().all()) for weight in network.parameters())  # a mask may hold infinity
+        if not finite or any(bool(tensor.isnan().any()) for tensor in tensors):
             raise UserError("The network holds weights that are not finite: its training has failed")
         self.home = next(iter(devices))
         self.network = copied(network).eval()

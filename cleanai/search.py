@@ -88,7 +88,9 @@ class _Search:
     ended_by: str = "furthest"
 
     def __post_init__(self) -> None:
-        self.path.append({"accuracy_calibration_percent": self._accuracy(self.original), "taken": True})
+        self.path.append(
+            {"accuracy_calibration_percent": distributed.agreed(self._accuracy(self.original)), "taken": True}
+        )
         self.pruned = self.unrepaired = self.original
 
     def judge(self, step: int, pruned: nn.Module, unrepaired: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 import cleanai.sweep
 from cleanai import UserError, image_set, measure_sweep, prune
 from cleanai.pruning.criteria import CRITERIA, WandaImportance
+from cleanai.pruning.tracing import unwrapped
 from cleanai.runtime.methods import METHODS
 from tests.helpers import parameter_count
 
@@ -93,7 +94,9 @@ def test_a_criterion_is_a_name_of_any_case_or_an_instance(network, images, monke
     for criterion in ("mINE", ByIndex()):
         kept = prune(network, images, 0.3, criterion, None, round_to=[1])[0].features[0].weight
         assert len(kept) < 12 and torch.equal(kept, network.features[0].weight[: len(kept)])
-    assert prune(network, images, 0.3, ByIndex(), None, [1], keep_layers="features.0")[0].features[0].out_channels == 12
+    for given in (network, nn.DataParallel(network)):
+        pruned, _ = prune(given, images, 0.3, ByIndex(), None, [1], keep_layers="features.0")
+        assert unwrapped(pruned).features[0].out_channels == 12
 
 
 @pytest.mark.parametrize(

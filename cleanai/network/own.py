@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cleanai import UserError
 from cleanai.runtime.files import file_digest, one_line
@@ -34,6 +35,8 @@ def own_network(file: str, name: str, classes: int) -> nn.Module:
         network = maker(classes)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name}({classes}) of {path} returns a {type(network).__name__}, not a network (nn.Module)")
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        raise UserError(f"{name}({classes}) of {path} has lazy layers, without weights yet: give them their sizes")
     return network
 
 

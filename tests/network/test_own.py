@@ -44,6 +44,7 @@ def test_a_relative_path_starts_from_the_project(tmp_path, monkeypatch):
         ),
         ("def Net(classes):\n    return classes\n", "returns a int, not a network"),
         ("import torch\n\n\ndef Net(classes):\n    return torch.nn.Linear\n", "returns a type, not a network"),
+        ("from torch import nn\n\n\ndef Net(classes):\n    return nn.LazyLinear(classes)\n", r"Net\(10\).*lazy layers"),
     ],
 )
 def test_a_file_that_gives_no_network_is_named_with_the_line_that_fails(text, expected, tmp_path):
