@@ -94,7 +94,7 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
 
     Of a larger kernel of the first convolution the centre is used. A classifier of another size is not loaded. Raises
     UserError, before the network is changed, that names the first tensor that is missing, has another shape, is not in
-    the network called `model`, or is not finite.
+    the network called `model`, or is not finite (a mask may hold infinities where the network has them).
     """
     given, own = read_weights(path), network.state_dict()
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -118,7 +118,7 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
                 refuse(f"{name} is missing in it")
         elif given[name].shape != own[name].shape:
             refuse(f"{name} is {_shape(given[name])} in it, and {_shape(own[name])} in the network")
-        elif not given[name].isfinite().all():
+        elif not (given[name].isfinite() | (given[name] == own[name])).all():
             refuse(f"{name} holds numbers that are not finite")
     for name in given:
         if name not in own and not name.startswith(_TRAINING_ONLY):

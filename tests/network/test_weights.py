@@ -96,6 +96,19 @@ def test_another_network_loads_all_weights_except_another_classifier(tmp_path):
     assert all(torch.equal(loaded[name], expected[name]) for name in same)
 
 
+def test_a_mask_holds_infinities_where_the_network_has_them(tmp_path):
+    def masked(above):
+        network = SmallNetwork(10)
+        network.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(above))
+        torch.save(network.state_dict(), tmp_path / f"{above}.pth")
+        return network
+
+    network, _ = masked(1), masked(0)
+    assert load_weights(network, tmp_path / "1.pth", "Masked")
+    with pytest.raises(UserError, match="mask holds numbers that are not finite"):
+        load_weights(network, tmp_path / "0.pth", "Masked")
+
+
 def test_extra_classifiers_for_training_are_not_loaded(tmp_path):
     expected = googlenet(init_weights=False).state_dict()  # as published, with two of them
     network = build("GoogLeNet", 1000)
