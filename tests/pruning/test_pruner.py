@@ -54,7 +54,7 @@ def _recording_calls(patch):
         calls.append(args)
         return record_rows(*args)
 
-    patch.setattr("cleanai.pruning.pruner.record_rows", record)
+    patch.setattr("cleanai.pruning.steps.record_rows", record)
     return calls
 
 
