@@ -12,6 +12,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import ImageSet
+from cleanai.network.activations import has_finite_weights
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
 from cleanai.pruning.layers import find_layers
@@ -127,8 +128,7 @@ class _Workplace:
         others = sorted({str(tensor.dtype)[6:] for tensor in tensors if tensor.is_floating_point()} - {"float32"})
         if others:
             raise UserError(f"The network has {others[0]} weights, and must have float32 ones: give network.float()")
-        finite = all(bool(weight.isfinite().all()) for weight in network.parameters())  # a mask may hold infinity
-        if not finite or any(bool(tensor.isnan().any()) for tensor in tensors):
+        if not has_finite_weights(network) or any(bool(tensor.isnan().any()) for tensor in tensors):
             raise UserError("The network holds weights that are not finite: its training has failed")
         self.home = next(iter(devices))
         self.network = copied(network).eval()

@@ -15,7 +15,7 @@ from cleanai.measure.provenance import checkpoint_facts, describe_run, find_warn
 from cleanai.measure.results import Split, measure_results
 from cleanai.measure.robustness import CASES, chosen_images, measure_robustness
 from cleanai.measure.significance import judge_drop
-from cleanai.network.evaluation import Evaluation, evaluate
+from cleanai.network.evaluation import Evaluation, evaluate, require_finite
 from cleanai.network.models import network_from, save_network
 from cleanai.network.training import distil, require_even_shares
 from cleanai.network.trial import copied, in_fitting_order
@@ -48,7 +48,7 @@ class Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def save_pretrained(self, network: nn.Module) -> None:
-        """Try the preparing script's network: on its images, and whether it can be pruned; save it.
+        """Place the preparing script's network on the device, try it and whether it can be pruned, and save it.
 
         With --fresh deletes earlier results.
         """
@@ -64,12 +64,14 @@ class Run:
         """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
-        original = self.compute.place(network_from(self.prepared, scenario.fine_tuned))
+        original = network_from(self.prepared, scenario.fine_tuned)
         find_layers(original, args.config.get("keep_layers") or ())
         if args.epochs or args.config.get("repair") == "distil":
             require_even_shares(self.images, args.batch_size)
         in_batches = args.epochs or args.config.get("repair", "none") != "none"
         self._try(original, args.batch_size if in_batches else None)
+        for warning in self._other_pictures():
+            print(wrapped(f"Note: {warning}."))
         self.split = Split.of(self.images, args.config)
         which = "all" if args.calibrate_on == "train" else "the other"
         print(
@@ -80,6 +82,16 @@ class Run:
         if args.fresh:
             scenario.remove_outputs()
         return original
+
+    def _other_pictures(self) -> list[str]:
+        """A warning where the test images are not those that the preparing script had."""
+        before, now = (config.get("test_sha256") for config in (self.prepared["config"], self.facts["config"]))
+        if before in (None, now):  # older checkpoints lack it
+            return []
+        return [
+            "The test images are not those of script 1 (or another version of Pillow reads them otherwise). If it "
+            "trained on some of them, accuracies are too high"
+        ]
 
     def _try(self, network: nn.Module, batch_size: int | None) -> None:
         """Try a network on the images, and place it in the order of memory in which it works."""
@@ -99,6 +111,7 @@ class Run:
     def evaluate(self, name: str, network: nn.Module) -> None:
         """Evaluate a network on all test images and print its accuracy."""
         self.evaluations[name] = evaluate(network, self.images.test, self.compute, f"Evaluating, {name}")
+        require_finite(self.evaluations[name], name)
         print(f"Test accuracy, {name}: {self.evaluations[name].accuracy_percent:.2f}%")
 
     @property
@@ -150,6 +163,7 @@ class Run:
         pruning.update(self._repair_accuracies(network, unrepaired))
         if self.args.repair == "distil":
             pruning["accuracy_distilled_percent"] = self._distil(network, original)
+        require_finite(self.evaluations["pruned"], "after pruning")
         evaluation = vars(self.evaluations["pruned"])
         save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
         print(f"Test accuracy after pruning: {repair_stages(pruning)}")
@@ -195,7 +209,7 @@ class Run:
                 scenario.of("").command(self.prepared["config"], self.args.data_dir),
                 scenario.command(self.args.config, self.args.data_dir),
             ],
-            "warnings": find_warnings(measured["models"], pruning["layers"], self.images),
+            "warnings": [*self._other_pictures(), *find_warnings(measured["models"], pruning["layers"], self.images)],
         }
 
     def _robustness(self, networks: dict[str, nn.Module], original: Record) -> Record:

@@ -67,7 +67,6 @@ def prepare(scenario, args):  # imports PyTorch, which takes seconds: only when 
     torch.manual_seed(args.seed)  # for the layers without pretrained weights
     network = build(MODEL, len(run.images.classes))
     start_from(network, MODEL, args.weights, args.models_dir, trained=args.epochs == 0)
-    network = run.compute.place(network)
     run.save_pretrained(network)
     run.evaluate("before fine-tuning", network)
 

@@ -269,7 +269,8 @@ def run_record(method: str = "Coverage") -> dict[str, Any]:
         "prepared_with": {
             **_PREPARED_WITH,
             "conditions": "bfloat16, 50,000 + 10,000 images from image folder",
-            "images_sha256": "0" * 16,
+            "train_sha256": "0" * 16,
+            "test_sha256": "0" * 16,
         },
         "models": models,
         "heldout_bits": pack(_heldout()),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,24 @@ def test_a_network_that_cannot_be_pruned_is_refused_before_it_is_trained(digits,
     with pytest.raises(UserError, match=r"the weight of first\.0 is computed from others"):
         run.save_pretrained(network)
     assert not scenario.pretrained.exists()
+
+
+def test_other_test_images_than_those_of_script_1_are_noted(digits, compute, tmp_path, capsys):
+    scenario = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda")
+    network, notes = SmallNetwork(10), []
+    settings = {"calibration_batches": 2, "batch_size": 16, "seed": 0, "calibrate_on": "test", "repair": "none"}
+    args = Namespace(config=settings, epochs=0, fresh=False, repair_batches=1, train_samples=None, **settings)
+    for before in (digits, replace(digits, test=digits.test.select(torch.arange(300)))):
+        prepared = {**checkpoint_facts(scenario.of(""), before, compute, {}), "state_dict": network.state_dict()}
+        run = Run(scenario, args, compute, digits, checkpoint_facts(scenario, digits, compute, settings), prepared)
+        run.load_original()
+        notes.append("not those of script 1" in capsys.readouterr().out)
+    assert notes == [False, True]
+
+
+def test_a_network_whose_loss_is_not_finite_is_not_measured_for_hours(digits, compute, tmp_path):
+    scenario, network = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda"), SmallNetwork(10)
+    network.classifier.bias.data[0] = torch.inf
+    run = Run(scenario, Namespace(config={}), compute, digits, {})
+    with pytest.raises(UserError, match=r"original, is not finite: .*--precision float32"):
+        run.evaluate("original", network)

@@ -6,6 +6,8 @@ and on a GPU that would otherwise wait for its data. A dataset that is large for
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch.nn.functional as F
 from cleanai import UserError
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.progress import progress
+
+_HASHED_AT_ONCE = 1000  # images
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,15 @@ class ImageSet:
         """The same images with batches on another device. With `keep_pixels`, pixels and labels stay where they are."""
         kept = self if keep_pixels else replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
         return replace(kept, mean=self.mean.to(device), std=self.std.to(device))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the pixels (N, 3, H, W) uint8, then of the labels (N,) as little-endian int64, in order."""
+        digest = hashlib.sha256()
+        for part in self.pixels.split(_HASHED_AT_ONCE):
+            digest.update(part.cpu().contiguous().numpy())
+        digest.update(self.labels.cpu().numpy().astype("<i8"))
+        return digest.hexdigest()
 
     @property
     def reach(self) -> int:

@@ -51,7 +51,8 @@ def count_layers(network: nn.Module, example: torch.Tensor) -> dict[str, dict[st
 
 def _profiled(network: nn.Module, example: torch.Tensor, **options: bool) -> Any:
     """What thop finds. It leaves buffers in the modules, so it gets a copy; it does not know subclasses by itself."""
-    kinds = {type(module) for module in network.modules()} - register_hooks.keys()
+    parents = {type(module) for module in network.modules() if [*module.children()]}  # of which it counts the children
+    kinds = {type(module) for module in network.modules()} - register_hooks.keys() - parents
     rules = {kind: register_hooks[base] for kind in kinds for base in kind.__mro__[::-1] if base in register_hooks}
     network = copy.deepcopy(network).eval()
     return thop.profile(network, inputs=(example,), custom_ops=rules, verbose=False, **options)

@@ -104,8 +104,8 @@ def _same_images(scenario: Scenario, record: dict[str, Any], data_dir: Path) -> 
     now = image_digests(images)
     if any(dataset.get(part, digest) != digest for part, digest in now.items()):  # older records lack them
         raise UserError(
-            f"{scenario.dataset} has other images now than those {scenario.record} was measured with: put these back, "
-            "or start over with --fresh"
+            f"{scenario.dataset} has other images now than those {scenario.record} was measured with: put these back "
+            "(and the earlier Pillow, which reads them), or start over with --fresh"
         )
     return images
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import platform
 from importlib.metadata import version
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 
 import cleanai
-from cleanai.data.images import Images, ImageSet
+from cleanai.data.images import Images
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.scenario import Scenario
 
 PACKAGES = ("torch", "torchvision", "torch-pruning", "thop", "numpy")
-_HASHED_AT_ONCE = 1000  # images
 FEW_CHANNELS = 1 / 8  # share of a layer's channels; pruning keeps a tenth or more
 
 
@@ -36,7 +34,7 @@ def checkpoint_facts(scenario: Scenario, images: Images, compute: Compute, confi
         "image_size": list(images.train.pixels.shape[-2:]),
         "mean": images.train.mean.tolist(),
         "std": images.train.std.tolist(),
-        "config": {**config, "conditions": conditions, "images_sha256": _digest_of_both(images)},
+        "config": {**config, "conditions": conditions, **_short_digests(images)},
     }
 
 
@@ -73,20 +71,11 @@ def _per_class(images: Images, part: str) -> list[int]:
 
 def image_digests(images: Images) -> dict[str, str]:
     """`train_sha256` and `test_sha256`: of the pixels and labels of the training and of the test images."""
-    return {f"{part}_sha256": _digest(getattr(images, part)) for part in ("train", "test")}
+    return {f"{part}_sha256": getattr(images, part).sha256 for part in ("train", "test")}
 
 
-def _digest_of_both(images: Images) -> str:
-    return hashlib.sha256("".join(image_digests(images).values()).encode("ascii")).hexdigest()[:16]
-
-
-def _digest(images: ImageSet) -> str:
-    """The SHA-256 of the pixels (N, 3, H, W) uint8, then of the labels (N,) as little-endian int64, in order."""
-    digest = hashlib.sha256()
-    for part in images.pixels.split(_HASHED_AT_ONCE):
-        digest.update(part.cpu().contiguous().numpy())
-    digest.update(images.labels.cpu().numpy().astype("<i8"))
-    return digest.hexdigest()
+def _short_digests(images: Images) -> dict[str, str]:
+    return {part: digest[:16] for part, digest in image_digests(images).items()}
 
 
 def describe_environment(compute: Compute) -> dict[str, Any]:

@@ -150,6 +150,11 @@ def removed_afterwards(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 def not_finite() -> UserError:
     """The error for a network whose activations are not finite."""
-    return UserError(
-        "The network computes values that are not finite numbers: its weights are damaged, or need --precision float32"
-    )
+    return UserError("The network computes values that are not finite numbers: its weights are damaged")
+
+
+def has_finite_weights(network: nn.Module) -> bool:
+    """Whether parameters and the statistics of batch norm are finite. Other buffers may hold infinity, as masks do."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    tensors = [*network.parameters(), *(buffer for norm in norms for buffer in norm.buffers(recurse=False))]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cleanai import UserError
 from cleanai.data.images import ImageSet
 from cleanai.network.activations import observe
 from cleanai.runtime.compute import Compute
@@ -31,6 +33,15 @@ class Evaluation:
         """The evaluation of the network in a checkpoint. UserError when it has none."""
         stored = checkpoint["evaluation"]
         return Evaluation(stored["accuracy_percent"], stored["loss"], stored["correct"], stored.get("predicted"))
+
+
+def require_finite(evaluation: Evaluation, which: str) -> None:
+    """Raise UserError when the loss of the network that is called `which` is not finite: it is no result."""
+    if not math.isfinite(evaluation.loss):
+        raise UserError(
+            f"The loss on the test images, {which}, is not finite: where the precision is not float32, start over with "
+            "--fresh --precision float32"
+        )
 
 
 def evaluate(network: nn.Module, images: ImageSet, compute: Compute, title: str = "Evaluating") -> Evaluation:

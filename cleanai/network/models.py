@@ -12,8 +12,9 @@ from torch import nn
 from torchvision.models import ResNet, resnet18
 
 from cleanai import UserError
+from cleanai.network.activations import has_finite_weights
 from cleanai.network.own import own_network
-from cleanai.runtime.checkpoints import load_checkpoint, save_checkpoint
+from cleanai.runtime.checkpoints import load_checkpoint, not_numbers, save_checkpoint
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
@@ -136,8 +137,8 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
             raise UserError(f"{path} does not hold a {model}: {name} is missing or of another kind")
     give_shapes(network, state)
     load_into(network, state, path)
-    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
-        raise UserError(f"{path} holds weights that are not finite: start over with --fresh and a lower --lr")
+    if not has_finite_weights(network):
+        raise not_numbers(path)
     weight = next(network.parameters())
     try:
         with torch.inference_mode():  # finds layers whose shapes do not fit each other

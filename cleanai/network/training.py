@@ -13,8 +13,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import Images
-from cleanai.network.activations import not_finite
-from cleanai.network.evaluation import Evaluation, evaluate
+from cleanai.network.evaluation import Evaluation, evaluate, require_finite
 from cleanai.network.models import load_into, save_network
 from cleanai.network.training_step import Teacher, TrainingStep
 from cleanai.runtime import distributed
@@ -95,8 +94,9 @@ def fine_tune(
     else:
         find_checkpoint(scenario.resume, facts["config"])  # refuses an interrupted run with other settings
         test = evaluate(network, images.test, compute)
-        if not math.isfinite(test.loss):
-            raise not_finite()
+        require_finite(test, "taken as it is")
+    for exported in (scenario.exported, scenario.quantized, scenario.standalone):
+        remove_file(exported)  # of another network, whose checkpoint the user deleted
     for epoch in range(len(history) + 1, settings.epochs + 1):
         started = time.perf_counter()
         results = _train_epoch(network, step, images, compute, epoch, settings)
@@ -115,8 +115,6 @@ def fine_tune(
             save_network(scenario.resume, network, {**facts, "epoch": epoch, **state})
 
     state = {"epoch": settings.epochs, "history": history, "evaluation": vars(test)}
-    for exported in (scenario.exported, scenario.quantized, scenario.standalone):
-        remove_file(exported)  # of another network, where the user removed its checkpoint
     save_network(scenario.final, network, {**facts, **state})
     remove_file(scenario.resume)
     return history, test

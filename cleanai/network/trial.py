@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -68,10 +67,8 @@ def in_fitting_order(
     except UserError:
         usual = replace(compute, memory_format=torch.contiguous_format)
         ordered = images.ordered(usual.memory_format)
-        with contextlib.suppress(UserError):
-            try_network(usual.place(copied(network)), ordered, batch_size, usual)
-            return usual, ordered
-        raise
+        try_network(usual.place(copied(network)), ordered, batch_size, usual)
+        return usual, ordered
 
 
 def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:

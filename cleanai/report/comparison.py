@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Dict
 
 import numpy as np
@@ -11,10 +13,19 @@ import numpy as np
 from cleanai import UserError
 from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
 from cleanai.report.notes import notes
-from cleanai.report.wording import STAGES, Record, heldout_images, interval_text, is_narrow, method_title, speedup
+from cleanai.report.wording import (
+    STAGES,
+    Record,
+    have_same_pictures,
+    heldout_images,
+    interval_text,
+    is_narrow,
+    method_title,
+    speedup,
+)
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.methods import METHODS
-from cleanai.runtime.scenario import Scenario
+from cleanai.runtime.scenario import DATA_DIR, Scenario
 
 COMPARED = ("pruned", "fine_tuned")
 _SAME_TIME = 1.15  # a larger ratio of two times of one network is not by chance
@@ -37,7 +48,8 @@ def compare_methods(scenario: Scenario) -> Record:
     preparation = read_record(scenario.of("").record)
     records = {method: read_record(part.record) for method, part in parts.items()}
     runs = {method: record for method, record in records.items() if record}
-    commands = {method: part.command() for method, part in parts.items()}
+    data_dir = _data_dir(runs)
+    commands = {method: part.command(data_dir=data_dir) for method, part in parts.items()}
     if not runs:
         missing = [*([] if preparation else [scenario.of("").command()]), *commands.values()]
         raise UserError(f"There is nothing to compare yet. Run first: {'; then: '.join(missing)}")
@@ -45,14 +57,17 @@ def compare_methods(scenario: Scenario) -> Record:
         again = "; and: ".join(f"{commands[method]} --fresh" for method in runs)
         raise UserError(f"The methods pruned different fine-tuned models and cannot be compared. Run: {again}")
     flags = {method: heldout_flags(run) for method, run in runs.items()}
-    remarks = [] if preparation else [f"The preparation has no record. To make it: {scenario.of('').command()}"]
+    remarks = (
+        []
+        if preparation
+        else [f"The preparation has no record. To make it: {scenario.of('').command(data_dir=data_dir)}"]
+    )
     remarks += [f"{method_title(m)} has not run. To run it: {commands[m]}" for m in METHODS if m not in runs]
     comparable = _same_images(runs)
     if not comparable:
         remarks.append(
-            "The methods used different held-out images (another seed, number of calibration images, dataset "
-            "or other pictures in it), so "
-            "they are not compared with each other"
+            "The methods used different held-out images (another seed, number of calibration images, dataset or other "
+            "pictures in it), so they are not compared with each other"
         )
     record = {
         "scenario": scenario.name,
@@ -78,6 +93,12 @@ def heldout_flags(run: Record) -> dict[str, np.ndarray]:
     return {name: unpack(run["models"][name]["correct_bits"], count)[heldout] for name in STAGES}
 
 
+def _data_dir(runs: _Runs) -> Path:
+    """The folder of the images that the runs name in their commands."""
+    named = (re.search(r' --data-dir "([^"]*)"', command) for run in runs.values() for command in run["commands"])
+    return next((Path(found[1]) for found in named if found), DATA_DIR)
+
+
 def heldout_change(run: Record) -> Record:
     """The final network compared with the original one on the held-out images, as `compare_paired` does it."""
     flags = heldout_flags(run)
@@ -86,10 +107,8 @@ def heldout_change(run: Record) -> Record:
 
 def _same_images(runs: _Runs) -> bool:
     """Whether the held-out images of all runs are the same."""
-    datasets = [run["dataset"] for run in runs.values()]
-    pictures = {dataset.get("test_sha256") for dataset in datasets} - {None}  # older records lack it
     chosen = {(run["dataset"]["name"], run["dataset"]["source"], run["heldout_bits"]) for run in runs.values()}
-    return len(chosen) == 1 and len(pictures) <= 1
+    return len(chosen) == 1 and have_same_pictures(list(runs.values()))
 
 
 def _difference(flags: _Flags, stage: str, first: str, second: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cleanai.report.sweep_text import (
     explanation,
     heading,
     points_of,
+    removed_percent,
     sweep_rows,
 )
 from cleanai.report.wording import Record, calibrated_on_train, counted, origin_lines, prepared_with
@@ -71,7 +72,7 @@ def _panel(record: Record, cost: str) -> Panel:
     original, (unit, scale) = record["original"], _UNITS[cost]
 
     def place(network: Record) -> tuple[float, float]:
-        return 100 * (1 - network[cost] / original[cost]), network["accuracy_percent"]
+        return removed_percent(network, original, cost), network["accuracy_percent"]
 
     return Panel(
         caption=f"{COSTS[cost]} removed (%); below: remaining ({unit})",

@@ -12,6 +12,7 @@ from cleanai.report.wording import (
     calibrated_on_train,
     counted,
     counted_points,
+    have_same_pictures,
     listed,
     method_title,
     origin_lines,
@@ -57,10 +58,9 @@ def chosen_networks(scenario: Scenario, sweep: Record) -> list[Record]:
 
 
 def _is_comparable(record: Record, sweep: Record) -> bool:
-    pictures = {each["dataset"].get("test_sha256") for each in (record, sweep)} - {None}  # older records lack it
-    settings = (record["config"], sweep["config"])
-    same = all(len({str(config.get(name, usual)) for config in settings}) == 1 for name, usual in _SAME.items())
-    return same and len(pictures) <= 1
+    of_record, of_sweep = record["config"], sweep["config"]
+    same = all(of_record.get(name, usual) == of_sweep.get(name, usual) for name, usual in _SAME.items())
+    return same and have_same_pictures([record, sweep])
 
 
 def criteria(record: Record) -> list[str]:
@@ -158,11 +158,16 @@ def sweep_rows(record: Record, names: list[str]) -> list[list[str]]:
     return rows
 
 
+def removed_percent(network: Record, original: Record, cost: str) -> float:
+    """How much less of a cost a network has, in percent; 0 where nothing is counted."""
+    return 100 * (1 - network[cost] / original[cost]) if original[cost] else 0.0
+
+
 def chosen_rows(record: Record) -> list[list[str]]:
     """A heading, and a row for each network of the pruning scripts."""
     rows = [["Network of the pruning scripts", *(f"{title} (%)" for title in COSTS.values()), "Accuracy (%)"]]
     for network in record["chosen"]:
-        changes = [f"{100 * (network[cost] / record['original'][cost] - 1):+.1f}" for cost in COSTS]
+        changes = [f"{0 - removed_percent(network, record['original'], cost):+.1f}" for cost in COSTS]
         name = f"{network['criterion']}, {STAGES[network['stage']]}"
         rows.append([name, *changes, f"{network['accuracy_percent']:.2f}"])
     return rows

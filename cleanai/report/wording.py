@@ -63,6 +63,11 @@ def calibrated_on_train(record: Record) -> bool:
     return record["dataset"].get("calibrated_on") == "train"
 
 
+def have_same_pictures(records: list[Record]) -> bool:
+    """Whether the test images of these records are the same, where they say which these are; older ones do not."""
+    return len({record["dataset"].get("test_sha256") for record in records} - {None}) <= 1
+
+
 def prepared_with(record: Record) -> str:
     """How the network that a pruning script started from was made."""
     config = record["prepared_with"]

@@ -57,8 +57,8 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, tensors on the CPU.
 
     Raises UserError when a byte of it has changed, when it is no checkpoint of ours or of a newer version, when a
-    tensor in it holds NaN, and when an entry is not as `expected` (for example model="ResNet18"). Infinity is no fault:
-    the mask of a network may hold it.
+    tensor in it holds NaN, and when an entry is not as `expected` (for example model="ResNet18"). Infinity is no fault
+    except in the state of a training: the mask of a network may hold it.
     """
     damaged = UserError(
         f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
@@ -75,8 +75,9 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
         raise damaged
     if content["version"] > VERSION:
         raise UserError(f"{path} was written by a newer version of this project: update the project")
-    if any(bool(tensor.isnan().any()) for tensor in _tensors(content)):
-        raise UserError(f"{path} holds values that are no numbers (NaN): start over with --fresh and a lower --lr")
+    failed = any(bool(tensor.isnan().any()) for tensor in _tensors(content))
+    if failed or not all(bool(tensor.isfinite().all()) for tensor in _tensors(content.get("training"))):
+        raise not_numbers(path)
     content = _Content(path, content)
     for key in ("config", "training", "pruning", "evaluation"):
         if key in content:
@@ -88,6 +89,14 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
                 "put the right file there, or use another --checkpoints-dir"
             )
     return content
+
+
+def not_numbers(path: Path) -> UserError:
+    """The error for a checkpoint with weights that no training should have left."""
+    return UserError(
+        f"{path} holds numbers that are not finite: run the script that made it again, with --fresh, and with a lower "
+        "--lr if that made them"
+    )
 
 
 def load_plain_data(path: Path) -> Any:
@@ -194,18 +203,19 @@ def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+_OF_IMAGES = ("train_sha256", "test_sha256")
 _OLDER = {"calibrate_on": "test"}  # settings that older runs lack, with what they did
 
 
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
     for key in {**config, **made_with}:
         before, now = made_with.get(key, _OLDER.get(key)), config.get(key, _OLDER.get(key))
-        if before == now or (key == "images_sha256" and None in (before, now)):  # older checkpoints lack it
+        if before == now or (key in _OF_IMAGES and None in (before, now)):  # older checkpoints lack them
             continue
-        if key == "images_sha256":
+        if key in _OF_IMAGES:
             raise UserError(
-                f"{path} was made from other images than those that are there now: put the earlier ones back, use "
-                "another --checkpoints-dir, or start over with --fresh"
+                f"{path} was made from other images than those that are there now: put the earlier ones back (and the "
+                "earlier Pillow, which reads them), use another --checkpoints-dir, or start over with --fresh"
             )
         if key == "fine_tuned_model":
             raise UserError(f"{path} was made from another fine-tuned model: start over with --fresh")

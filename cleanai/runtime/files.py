@@ -11,7 +11,7 @@ import os
 import time
 import unicodedata
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Callable, Iterator
 
 from cleanai import UserError
 from cleanai.runtime import distributed
@@ -33,7 +33,7 @@ def remove_file(path: Path) -> None:
     """Delete a file if it exists."""
     if distributed.rank() == 0:
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            _patiently(path.unlink)
 
 
 def file_digest(path: Path) -> str:
@@ -58,17 +58,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path)
+        _patiently(lambda: temporary.replace(path))
     finally:
         with contextlib.suppress(OSError):  # replaced, or never created
             temporary.unlink()
 
 
-def _move(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place. On Windows a virus scanner may hold either of them for a moment."""
+def _patiently(change: Callable[[], object]) -> None:
+    """Move or delete a file. On Windows a virus scanner may hold it for a moment."""
     for remaining in reversed(range(_TRIES)):
         try:
-            temporary.replace(path)
+            change()
             return
         except PermissionError:
             if not _WINDOWS or not remaining:

@@ -25,7 +25,7 @@ EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
-_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "images_sha256")
+_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -216,7 +216,10 @@ class Scenario:
                     try:
                         path.unlink()
                     except PermissionError as error:
-                        raise UserError(f"{path} cannot be deleted: close the program that holds it open") from error
+                        raise UserError(
+                            f"{path} cannot be deleted ({error.strerror}): close the programs that hold it open, or "
+                            "make its folder writable"
+                        ) from error
 
     def remove_unfinished(self) -> None:
         """Delete the half-written files of a killed run. Call it only while the lock is held."""
@@ -232,8 +235,9 @@ class Scenario:
         """Every file that this script writes, as patterns of names; first what others may hold open."""
         if not self._trains:
             return [self.report, self.table, self.record, self.resume]
-        own = [self.report, self.record, self.pruned] if self.method else [self.record, self.pretrained]
-        return [*own, self.final, self.exported, self.quantized, self.standalone, self.resume, self._trained("epoch*")]
+        shown = [self.report] if self.method else []
+        own = [*shown, self.exported, self.quantized, self.standalone, self.record]
+        return [*own, self.pruned if self.method else self.pretrained, self.final, self.resume, self._trained("epoch*")]
 
     def _prepared(self, stage: str) -> Path:
         return self.checkpoints_dir / self.number / f"{self.model_name}_{self.dataset}_{stage}.pth"

@@ -62,3 +62,22 @@ def test_layers_of_ones_own_class_are_counted_as_those_they_are_made_of():
     own, usual = network(_SameConv, _OwnLinear), network(nn.Conv2d, nn.Linear)
     assert count_macs(own, example) == count_macs(usual, example)
     assert count_layers(own, example) == count_layers(usual, example)
+
+
+class _Sampled(nn.Conv2d):
+    """A convolution that has another one, as deformable ones do."""
+
+    def __init__(self, inputs, outputs, side):
+        super().__init__(inputs, outputs, side)
+        self.offset = nn.Conv2d(inputs, outputs, side)
+
+    def forward(self, images):
+        return super().forward(images) + self.offset(images)
+
+
+def test_layers_within_a_layer_are_counted():
+    example = torch.zeros(1, 3, 10, 10)
+    inner = count_macs(nn.Sequential(nn.Conv2d(3, 8, 3)), example)
+    network = nn.Sequential(_Sampled(3, 8, 3))
+    assert count_macs(network, example) >= inner
+    assert count_layers(network, example)["0.offset"]["macs"] == inner

@@ -187,9 +187,9 @@ def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are(side, bat
 class _Viewing(nn.Module):
     """A network that flattens with `view`, as many do."""
 
-    def __init__(self):
+    def __init__(self, side=8):
         super().__init__()
-        self.convolution, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 4)
+        self.convolution, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * side * side, 4)
 
     def forward(self, x):
         x = self.convolution(x).relu()
@@ -202,5 +202,7 @@ def test_a_network_that_flattens_with_view_gets_the_usual_order_of_memory(comput
         chosen, ordered = in_fitting_order(network, images, 2, compute)
         assert chosen.memory_format == ordered.train.memory_format == ordered.test.memory_format == fitting
         try_network(chosen.place(network), ordered, 2, chosen)
+    with pytest.raises(UserError, match="32 x 32 pixels fit"):
+        in_fitting_order(_Viewing(side=32), images, 2, compute)
     with pytest.raises(UserError, match="reads 1 channels"):
         in_fitting_order(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()), images, 2, compute)

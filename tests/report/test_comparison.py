@@ -161,6 +161,13 @@ def test_a_method_that_has_not_run_shows_the_command_that_runs_it(records, tmp_p
     assert re.search(r"significant\s\(p\s[=<]", result.stdout), "the other method is compared with the original network"
 
 
+def test_a_command_names_the_folder_of_the_images_that_the_other_run_names(records, tmp_path):
+    del records["Coverage"]
+    records["Wanda"]["commands"] = ['python test_scenarios/TS1_03_wanda_pruning.py --data-dir "my pictures" --seed 0']
+    (remark,) = [text for text in compared(tmp_path, records)["remarks"] if "has not run" in text]
+    assert remark.endswith('--data-dir "my pictures"')
+
+
 def test_without_the_record_of_script_1_its_number_is_missing(records, tmp_path):
     del records[""]
     printed = comparison_text(compared(tmp_path, records))

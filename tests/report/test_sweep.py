@@ -254,6 +254,14 @@ def test_a_network_that_was_not_fine_tuned_is_shown_once(tmp_path):
     assert [network["stage"] for network in chosen_networks(files, record)] == ["pruned"]
 
 
+def test_a_cost_of_which_nothing_is_counted_is_not_reduced(record, chosen):
+    record["chosen"] = chosen
+    for network in (record["original"], *record["points"], *chosen):
+        network["macs"] = 0
+    assert "+0.0" in sweep_text(record)
+    assert pdf_text(pdf_sweep(record))
+
+
 def test_the_chosen_networks_are_those_pruned_from_this_model(record, chosen):
     assert [(network["criterion"], network["stage"]) for network in chosen] == [
         ("WANDA", "pruned"),

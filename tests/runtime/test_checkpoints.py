@@ -264,21 +264,27 @@ def test_a_mask_of_infinities_is_no_damage_and_weights_that_are_not_finite_are(t
     model = f"{__file__}:Masked"
     save_network(path, network, {**FACTS, "model": model})
     assert load_network(path, model).mask.isinf().any()
-    for number, named in ((torch.inf, "not finite"), (torch.nan, "NaN")):
-        network.classifier.weight.data[0, 0] = number
+    weights = [(network.classifier.weight, torch.inf), (network.classifier.weight, torch.nan)]
+    for tensor, number in [*weights, (network.stem[1].running_var, torch.inf)]:
+        before = tensor.data.clone()
+        tensor.data.view(-1)[0] = number
         save_network(path, network, {**FACTS, "model": model})
-        with pytest.raises(UserError, match=f"{named}.*--lr") as error:
+        with pytest.raises(UserError, match=r"not finite.*--lr") as error:
             load_network(path, model)
         assert "delete" not in str(error.value)
+        tensor.data.copy_(before)
+    save_network(path, network, {**FACTS, "model": model, "training": {"of Adam": torch.tensor(torch.inf)}})
+    with pytest.raises(UserError, match=r"not finite.*--lr"):
+        load_checkpoint(path)
 
 
 def test_a_run_with_other_images_is_refused_and_an_older_one_is_not(tmp_path):
     path = tmp_path / "a.pth"
-    save_checkpoint(path, {"config": {"lr": 0.1, "images_sha256": "1"}})
+    save_checkpoint(path, {"config": {"lr": 0.1, "test_sha256": "1"}})
     with pytest.raises(UserError, match=r"a\.pth was made from other images .*--fresh"):
-        find_checkpoint(path, {"lr": 0.1, "images_sha256": "2"})
+        find_checkpoint(path, {"lr": 0.1, "test_sha256": "2"})
     save_checkpoint(path, {"config": {"lr": 0.1}})
-    assert find_checkpoint(path, {"lr": 0.1, "images_sha256": "2"})
+    assert find_checkpoint(path, {"lr": 0.1, "test_sha256": "2"})
 
 
 def test_a_file_that_another_program_holds_for_a_moment_is_written_on_windows(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_a_report_that_another_program_holds_open_is_named_and_the_rest_stays(tm
         unlink(self, *args)
 
     monkeypatch.setattr(Path, "unlink", held)
-    with pytest.raises(UserError, match=r"\.pdf cannot be deleted: close the program"):
+    with pytest.raises(UserError, match=r"\.pdf cannot be deleted \(The process .*\): close"):
         scenario.remove_outputs()
     assert all(path.exists() for path in outputs)
 

@@ -186,7 +186,7 @@ def test_weights_that_are_no_numbers_are_refused(small, tmp_path, value):
     weights = load_checkpoint(small)["state_dict"]["fc.weight"].clone()
     weights[3, 1] = value
     path = _changed(small, tmp_path / "x.pth", state_dict=_with_tensor(small, "fc.weight", weights))
-    with pytest.raises(UserError, match=r"x\.pth holds (weights that are not finite|values that are no numbers)"):
+    with pytest.raises(UserError, match=r"x\.pth holds numbers that are not finite"):
         load_network(path)
 
 
