@@ -25,6 +25,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if re.search("unrecognized arguments: .*--(image-size|flip|shift)", message):
             message += ": give it to script 1, and this script will do the same"
+        elif "unrecognized arguments: --data-dir" in message:
+            message += ": this script reads the records of the others, and needs no images"
         elif message.startswith("unrecognized arguments"):
             message += self._meant(message)
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")

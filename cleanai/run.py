@@ -127,7 +127,7 @@ class Run:
             FURTHEST if share in ("auto", "same") else share for share in (args.ratio, args.macs_ratio)
         )
         repair = "full" if args.repair == "distil" else args.repair  # `_distil` follows after all steps
-        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size)
+        settings = PruneSettings(ratio, macs_ratio, args.steps, args.round_to, repair, args.batch_size, nearest=True)
         return replace(settings, keep_layers=args.keep_layers or ())
 
     def prune(self, original: nn.Module, importance: tp.importance.Importance) -> tuple[nn.Module, Record]:

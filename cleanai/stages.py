@@ -11,7 +11,7 @@ from cleanai import UserError
 from cleanai.cli import Options
 from cleanai.report.run_text import comparison_table
 from cleanai.report.wording import Record, exported_as, origin_lines, wrapped
-from cleanai.runtime.checkpoints import find_record, write_record
+from cleanai.runtime.checkpoints import find_record, read_record, require_intact, write_record
 from cleanai.runtime.files import file_digest, remove_file, write_bytes
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
@@ -28,15 +28,20 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
     if ":" in scenario.model:  # other networks are known by the names of their files
         args.config["model"] = scenario.model
     if scenario.method:
-        scenario.require_fine_tuned(args.data_dir)
+        preparation = None if scenario.fine_tuned.exists() else read_record(scenario.of("").record)
+        scenario.require_fine_tuned(args.data_dir, preparation and preparation["config"])
+        require_intact(scenario.fine_tuned)
         args.config["fine_tuned_model"] = file_digest(scenario.fine_tuned)[:16]
     if "epochs" in args.config and "ratios" not in args.config:
         files.append(scenario.final)
     if "ratio" in args.config:
         files.append(scenario.pruned)
-    record = None if args.fresh or not all(file.exists() for file in files) else find_record(files[0], args.config)
-    if record:
-        print(f"Already finished; its record is {scenario.record} (--fresh starts over)")
+    if args.fresh or not all(file.exists() for file in files):
+        return None
+    for file in files[1:]:
+        require_intact(file)
+    record = find_record(files[0], args.config)
+    print(f"Already finished; its record is {scenario.record} (images are not read again; --fresh starts over)")
     return record
 
 

@@ -15,8 +15,11 @@ from cleanai.data.images import Images
 from cleanai.measure import deployment
 from cleanai.measure.latency import Times
 from cleanai.measure.provenance import checkpoint_facts, image_digests
+from cleanai.measure.results import Split
+from cleanai.pruning.criteria import WandaImportance
 from cleanai.run import Run
-from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.checkpoints import read_record, save_checkpoint, write_record
+from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import EXPORT, SMALL_MODEL, run_record
 from tests.small_network import SmallNetwork
@@ -150,3 +153,35 @@ def test_a_network_whose_loss_is_not_finite_is_not_measured_for_hours(digits, co
     run = Run(scenario, Namespace(config={}), compute, digits, {})
     with pytest.raises(UserError, match=r"original, is not finite: .*--precision float32"):
         run.evaluate("original", network)
+
+
+@pytest.mark.parametrize("method", ["", "Wanda"])
+def test_a_damaged_network_of_script_1_is_named_by_a_finished_script_too(method, tmp_path):
+    scenario = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, method)
+    for path in {scenario.fine_tuned, scenario.final, *([scenario.pruned] if method else [])}:
+        save_checkpoint(path, {"config": {}})
+    config = {"epochs": 1, **({"fine_tuned_model": file_digest(scenario.fine_tuned)[:16]} if method else {})}
+    write_record(scenario.record, {"config": config})
+    args = Namespace(config={"epochs": 1}, fresh=False, data_dir=tmp_path)
+    assert stages.finished_record(scenario, args)
+    scenario.fine_tuned.write_bytes(scenario.fine_tuned.read_bytes()[:-50] + bytes(50))
+    with pytest.raises(UserError, match=r"FT_final\.pth is damaged"):
+        stages.finished_record(scenario, Namespace(config={"epochs": 1}, fresh=False, data_dir=tmp_path))
+
+
+def test_a_lost_network_of_script_1_is_made_again_with_its_settings(tmp_path):
+    scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path, "Wanda")
+    write_record(scenario.of("").record, {"config": {"dataset": "Digits", "weights": "none", "epochs": 3, "seed": 0}})
+    with pytest.raises(UserError, match=r"TS1_01_prepare_model\.py --dataset Digits .* --weights none --epochs 3$"):
+        stages.finished_record(scenario, Namespace(config={}, fresh=False, data_dir=tmp_path))
+
+
+def test_a_small_network_loses_what_comes_nearest(digits, compute, tmp_path):
+    few = digits.with_train_samples(32, seed=0)
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(576, 10))
+    settings = {"ratio": 0.24, "macs_ratio": None, "steps": 1, "round_to": [1], "repair": "none", "keep_layers": None}
+    args = Namespace(config=settings, batch_size=16, calibration_batches=2, calibrate_on="test", seed=0, **settings)
+    run = Run(Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda"), args, compute, few, {})
+    run.split, run.repair_images = Split.of(few, vars(args)), 32
+    _, report = run.prune(network, WandaImportance())
+    assert report["steps"][-1]["parameters_removed_percent"] == pytest.approx(24, abs=2)

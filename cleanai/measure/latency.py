@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -117,8 +118,8 @@ def time_in_turns(
 
     Each turn calls everything, and each begins with another: the order makes a difference of some percent. There are
     fewer calls in a turn and fewer turns, but at least LEAST_TURNS of one call, where they would take longer than
-    `compute.timing_s`. The fastest two thirds of the turns count; the others were slowed by other work on the machine.
-    No network is favoured. Prints about how long it takes.
+    `compute.timing_s`. Of each, the fastest two thirds of its turns count; the others were slowed by other work on the
+    machine. No network is favoured. Prints about how long it takes.
     """
     order = collections.deque(calls)
 
@@ -143,15 +144,13 @@ def time_in_turns(
         before, now = now, total(turn(calls_per_turn))
         spent += now
     turns = min(turns, max(LEAST_TURNS, int(compute.timing_s / max(now, 1e-9))))
-    measured = sorted((turn(calls_per_turn) for _ in progress(range(turns), title, "turn")), key=total)
-    counted = measured[: turns * 2 // 3]
-    return {
-        name: Times(
-            [seconds for each in counted for seconds in each[name]],
-            _spread_percent([statistics.median(each[name]) for each in measured]),
-        )
-        for name in calls
-    }
+    measured = [turn(calls_per_turn) for _ in progress(range(turns), title, "turn")]
+
+    def times(seconds: list[list[float]]) -> Times:
+        counted = itertools.chain(*sorted(seconds, key=sum)[: turns * 2 // 3])
+        return Times([*counted], _spread_percent([statistics.median(each) for each in seconds]))
+
+    return {name: times([each[name] for each in measured]) for name in calls}
 
 
 def _batch_size(singles: dict[str, Times], compute: Compute) -> int:

@@ -97,7 +97,7 @@ def describe_environment(compute: Compute) -> dict[str, Any]:
 
 
 def at_chance_level(percents: dict[str, float], original_percent: float, images: Images) -> list[str]:
-    """A warning about each network that is at chance level, from the accuracies by the networks' names.
+    """A warning about each network that is hardly better than guessing, from the accuracies by the networks' names.
 
     That is an accuracy above guessing of at most a tenth of the original network's, or within three standard deviations
     of guessing on the test images.
@@ -107,8 +107,8 @@ def at_chance_level(percents: dict[str, float], original_percent: float, images:
     noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
     limit_percent = 100 * (guessing + max(above_guessing / 10, noise))
     return [
-        f"{name} is at chance level: {percent:.2f}% accuracy, and guessing among {len(images.classes)} classes gives "
-        f"{100 * guessing:.2f}%"
+        f"{name} is hardly better than guessing: {percent:.2f}% accuracy on {len(images.test):,} test images, and "
+        f"guessing among {len(images.classes)} classes gives {100 * guessing:.2f}%"
         for name, percent in percents.items()
         if percent <= limit_percent
     ]

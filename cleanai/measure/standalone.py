@@ -80,7 +80,7 @@ def scenario_images(scenario: Scenario, data_dir: Path) -> Images:
 def image_facts(network: nn.Module, images: ImageSet, classes: Sequence[str]) -> dict[str, Any]:
     """What a program must know to feed a network: `image_size` [H, W], `mean`, `std`, and `classes` if they are given.
 
-    UserError when there is not one name for each output.
+    `network` is as `for_export` gives it. UserError when there is not one name for each output.
     """
     facts: dict[str, Any] = {
         "image_size": list(images.pixels.shape[2:]),
@@ -90,7 +90,8 @@ def image_facts(network: nn.Module, images: ImageSet, classes: Sequence[str]) ->
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         raise UserError(f'classes is {classes!r}: give a list of names, for example classes=["cat", "dog"]')
     if len(classes):
-        outputs = try_outputs(network, next(images.select(torch.arange(1)).batches(1))[0].cpu(), "images").shape[1]
+        one, _ = next(images.select(torch.arange(1)).batches(1))
+        outputs = try_outputs(network, one.cpu().contiguous(), "images").shape[1]
         if len(classes) != outputs:
             raise UserError(
                 f"classes holds {len(classes)} names, and the network has {outputs} outputs: give one for each"

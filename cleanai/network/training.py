@@ -114,7 +114,9 @@ def fine_tune(
             state = {"training": step.state_dict(), "history": history}
             save_network(scenario.resume, network, {**facts, "epoch": epoch, **state})
 
-    state = {"epoch": settings.epochs, "history": history, "evaluation": vars(test)}
+    # Without times: trained again, the file is the same, byte for byte, and what was made from it stays valid.
+    untimed = [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
+    state = {"epoch": settings.epochs, "history": untimed, "evaluation": vars(test)}
     save_network(scenario.final, network, {**facts, **state})
     remove_file(scenario.resume)
     return history, test

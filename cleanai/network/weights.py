@@ -17,7 +17,11 @@ from cleanai.runtime.checkpoints import load_plain_data, verified_size
 from cleanai.runtime.files import one_line, printable
 from cleanai.runtime.foreign import foreign_code
 
-_WRAPPERS = ("state_dict", "model")  # keys under which others, and our own checkpoints, keep a state dict
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+)  # keys under which others, and our own checkpoints, keep a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
 _TRAINING_ONLY = ("aux1.", "aux2.", "AuxLogits.")  # extra classifiers of GoogLeNet and Inception, which are not built
 
@@ -55,11 +59,11 @@ def require_weights(model: str, weights: str | Path) -> None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in `path`, on the CPU: a .safetensors file, or what torch.save wrote.
 
-    It may lie under "state_dict" or "model", and its names may begin with "module." or "_orig_mod.". Nothing but plain
-    data is unpickled. Raises UserError when the file is damaged or holds anything else.
+    It may lie under one of `_WRAPPERS`, and its names may begin with "module." or "_orig_mod.". Nothing but plain data
+    is unpickled. Raises UserError when the file is damaged or holds anything else.
     """
     content: Any
-    how = "save them with torch.save(network.state_dict(), FILE), or as .safetensors"
+    how = "save the weights with torch.save(network.state_dict(), FILE), or as .safetensors"
 
     def explain(error: BaseException) -> UserError:
         if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
@@ -85,7 +89,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     others = [printable(str(name)) for name, value in entries.items() if not isinstance(value, torch.Tensor)]
     if others or not entries:
         which = f" ({others[0]} is no tensor)" if others else ""
-        raise UserError(f"{path} holds no state dict{which}: {how}")
+        raise UserError(f"{path} holds no state dict{which}, nor one under {' or '.join(_WRAPPERS)}: {how}")
     return {_without_prefixes(str(name)): tensor for name, tensor in entries.items()}
 
 
@@ -97,6 +101,7 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
     the network called `model`, or is not finite (a mask may hold infinities where the network has them).
     """
     given, own = read_weights(path), network.state_dict()
+    _add_shared(given, own)
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     if not layers:
         raise UserError(f"{model} has no convolution and no linear layer")
@@ -125,6 +130,14 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
             refuse(f"the network has no {name}")
     network.load_state_dict({name: given[name] for name in needed if name in given}, strict=False)
     return has_classifier
+
+
+def _add_shared(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Add the weights that layers share to all of them: safetensors keeps them once."""
+    for name in own.keys() - given.keys():
+        for other in own.keys() & given.keys():
+            if own[name].data_ptr() == own[other].data_ptr() and own[name].shape == own[other].shape:
+                given[name] = given[other]
 
 
 def _without_prefixes(name: str) -> str:

@@ -49,7 +49,9 @@ def compare_methods(scenario: Scenario) -> Record:
     records = {method: read_record(part.record) for method, part in parts.items()}
     runs = {method: record for method, record in records.items() if record}
     data_dir = _data_dir(runs)
-    commands = {method: part.command(data_dir=data_dir) for method, part in parts.items()}
+    one = next(iter(runs.values()), {})  # whose settings the others get, to be comparable
+    settings = {method: runs.get(method, one).get("config") for method in METHODS}
+    commands = {m: part.command(settings[m], data_dir, without_defaults=True) for m, part in parts.items()}
     if not runs:
         missing = [*([] if preparation else [scenario.of("").command()]), *commands.values()]
         raise UserError(f"There is nothing to compare yet. Run first: {'; then: '.join(missing)}")
@@ -57,11 +59,8 @@ def compare_methods(scenario: Scenario) -> Record:
         again = "; and: ".join(f"{commands[method]} --fresh" for method in runs)
         raise UserError(f"The methods pruned different fine-tuned models and cannot be compared. Run: {again}")
     flags = {method: heldout_flags(run) for method, run in runs.items()}
-    remarks = (
-        []
-        if preparation
-        else [f"The preparation has no record. To make it: {scenario.of('').command(data_dir=data_dir)}"]
-    )
+    prepare = scenario.of("").command(one.get("prepared_with"), data_dir, without_defaults=True)
+    remarks = [] if preparation else [f"The preparation has no record. To make it: {prepare}"]
     remarks += [f"{method_title(m)} has not run. To run it: {commands[m]}" for m in METHODS if m not in runs]
     comparable = _same_images(runs)
     if not comparable:

@@ -16,8 +16,8 @@ FULL_BATCH = 128  # images, in which throughput is measured where it is not too 
 _NARROWEST = 40  # columns that prose is wrapped to; some consoles call themselves 0 or 1 wide
 _UNITS = {  # with the least value that is shown in each; the specification's unit comes first
     "macs": (("G", 1e9, 1e8), ("M", 1e6, 1e5), ("k", 1e3, 0)),
-    "parameters": (("M", 1e6, 1e5), ("k", 1e3, 0)),
-    "size_mib": (("MB", 1, 0.1), ("KB", 1 / 1024, 0)),
+    "parameters": (("M", 1e6, 1e6), ("k", 1e3, 0)),
+    "size_mib": (("MB", 1, 1), ("KB", 1 / 1024, 0)),
     "ms": (("ms", 1, 0.1), ("µs", 1e-3, 0)),
 }
 
@@ -130,7 +130,7 @@ def pruning_goal(record: Record) -> str:
     """What was to be removed, and in how many steps."""
     config, steps = record["config"], counted(len(record["pruning"]["steps"]), "step")
     if config["ratio"] != "auto":
-        return f"{requested_shares(config)} removed in {steps}"
+        return f"{requested_shares(config)} to be removed, in {steps}"
     ends = []
     if config["accept_drop"] is not None:
         ends.append(

@@ -16,8 +16,9 @@ from typing import Any
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.files import write_bytes, writing
+from cleanai.runtime.files import printable, write_bytes, writing
 from cleanai.runtime.foreign import foreign_code
+from cleanai.runtime.scenario import NO_OPTIONS, option_text
 
 FORMAT = "cleanai-checkpoint"
 VERSION = 1
@@ -60,9 +61,7 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     tensor in it holds NaN, and when an entry is not as `expected` (for example model="ResNet18"). Infinity is no fault
     except in the state of a training: the mask of a network may hold it.
     """
-    damaged = UserError(
-        f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
-    )
+    damaged = _damaged(path)
     # A pickle can make torch.load raise anything. In a shortage of memory the file is not at fault.
     with foreign_code(lambda _: damaged, (OSError,)):
         archive_bytes = verified_size(path)
@@ -106,6 +105,18 @@ def load_plain_data(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage", UserWarning)  # PyTorch 2.0 warns of its own code
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def require_intact(path: Path) -> None:
+    """Raise UserError when a byte of a checkpoint has changed. Unlike `load_checkpoint` it needs no PyTorch."""
+    with foreign_code(lambda _: _damaged(path), (OSError,)):
+        verified_size(path)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
+    )
 
 
 def verified_size(path: Path) -> int:
@@ -208,14 +219,25 @@ _OLDER = {"calibrate_on": "test"}  # settings that older runs lack, with what th
 
 
 def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[str, Any]) -> None:
-    for key in {**config, **made_with}:
-        before, now = made_with.get(key, _OLDER.get(key)), config.get(key, _OLDER.get(key))
-        if before == now or (key in _OF_IMAGES and None in (before, now)):  # older checkpoints lack them
+    pairs = {
+        key: (made_with.get(key, _OLDER.get(key)), config.get(key, _OLDER.get(key))) for key in {**config, **made_with}
+    }
+    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    options = {key: pair for key, pair in differing.items() if key not in NO_OPTIONS or key == "dataset"}
+    if options:
+        was, is_now = (_given({key: pair[side] for key, pair in options.items()}) for side in (0, 1))
+        raise UserError(
+            f"{path} was made {was}, and this run is {is_now}: "
+            f"run {was}, use another --checkpoints-dir from script 1 on, or start over with --fresh"
+        )
+    for key, (before, now) in differing.items():
+        if key in _OF_IMAGES and None in (before, now):  # older checkpoints lack them
             continue
         if key in _OF_IMAGES:
             raise UserError(
                 f"{path} was made from other images than those that are there now: put the earlier ones back (and the "
-                "earlier Pillow, which reads them), use another --checkpoints-dir, or start over with --fresh"
+                "earlier Pillow, which reads them), use another --checkpoints-dir from script 1 on, or start over with "
+                "--fresh"
             )
         if key == "fine_tuned_model":
             raise UserError(f"{path} was made from another fine-tuned model: start over with --fresh")
@@ -231,9 +253,13 @@ def _refuse_other_settings(path: Path, made_with: dict[str, Any], config: dict[s
                 f"{path} was made under other conditions ({before}) than this run has ({now}): "
                 "use another --checkpoints-dir, or start over with --fresh"
             )
-        option = "--" + key.replace("_", "-")
-        was, is_now = (f"without {option}" if value is None else f"with {option} {value}" for value in (before, now))
-        raise UserError(
-            f"{path} was made {was}, and this run is {is_now}: "
-            f"run {was}, use another --checkpoints-dir, or start over with --fresh"
-        )
+
+
+def _given(settings: dict[str, Any]) -> str:
+    """These settings as options: "with --epochs 1 --lr 0.1 and without --train-samples"."""
+    texts = {key: printable(option_text(key, value)) for key, value in settings.items()}
+    given, others = [text for text in texts.values() if text], [key for key, text in texts.items() if not text]
+    missing = [f"--{key.replace('_', '-')}" for key in others]
+    return " and ".join(
+        f"{word} {' '.join(options)}" for word, options in (("with", given), ("without", missing)) if options
+    )

@@ -7,6 +7,7 @@ that a finished script answers at once.
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
-_NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
+NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
 
 
 def has_image_folder(dataset: str, data_dir: Path) -> bool:
@@ -57,6 +58,10 @@ def require_known_dataset(dataset: str, data_dir: Path) -> None:
         otherwise = ", or remove the folder" if dataset == DOWNLOADABLE else ""
         raise UserError(f"{folder} holds no images in {{train,test}}/<class>/: put them there{otherwise}")
     if dataset != DOWNLOADABLE:
+        if data_dir != DATA_DIR and not data_dir.is_dir():
+            raise UserError(f"There is no folder {data_dir}: give --data-dir the folder in which {dataset} lies")
+        if data_dir.name == dataset and has_image_folder(dataset, data_dir.parent):
+            raise UserError(f'{data_dir} is the dataset itself: use --data-dir "{data_dir.parent}"')
         there = sorted(path.name for path in data_dir.glob("*") if has_image_folder(path.name, data_dir))
         *names, last = dict.fromkeys((DOWNLOADABLE, EMBEDDED, *there))
         raise UserError(
@@ -179,24 +184,32 @@ class Scenario:
         """Held while this script runs."""
         return self.checkpoints_dir / ".locks" / f"{self.name}.lock"
 
-    def command(self, config: dict[str, Any] | None = None, data_dir: Path = DATA_DIR) -> str:
-        """The command that runs this script on the same dataset and folders, with the settings in `config`."""
+    def command(
+        self, config: dict[str, Any] | None = None, data_dir: Path = DATA_DIR, without_defaults: bool = False
+    ) -> str:
+        """The command that runs this script on the same dataset and folders, with those settings in `config` it has."""
         word = self.method.lower() or "prepare"
         script = next(iter(sorted(SCRIPTS_DIR.glob(f"{self.number}_*_{word}_*.py"))), None)
         name = script.name if script else f"{self.number}_..._{word}_....py"
-        is_default = script and f'"dataset": "{self.dataset}"' in script.read_text(encoding="utf-8")
-        dataset = "" if is_default else f" --dataset {self.dataset}"
+        text = script.read_text(encoding="utf-8") if script else ""
+        dataset = "" if _is_default(text, "dataset", self.dataset) else f" --dataset {self.dataset}"
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
         if data_dir != DATA_DIR and self.dataset != EMBEDDED:
             folder += f' --data-dir "{data_dir}"'
-        settings = "".join(_option(name, value) for name, value in (config or {}).items() if name not in _NO_OPTIONS)
-        return f"python test_scenarios/{name}{dataset}{folder}{settings}"
+        own = [key for key in config or {} if key not in NO_OPTIONS and (f'"{key}"' in text or not text)]
+        given = {key: config[key] for key in own} if config else {}
+        settings = [
+            option_text(key, value)
+            for key, value in given.items()
+            if not (without_defaults and _is_default(text, key, value))
+        ]
+        return " ".join([f"python test_scenarios/{name}{dataset}{folder}", *filter(None, settings)])
 
-    def require_fine_tuned(self, data_dir: Path) -> None:
-        """Raise UserError when the preparing script has not left its network yet."""
+    def require_fine_tuned(self, data_dir: Path, settings: dict[str, Any] | None = None) -> None:
+        """Raise UserError when there is no network of the preparing script, which ran with these `settings`, if any."""
         if not self.fine_tuned.exists():
             require_known_dataset(self.dataset, data_dir)
-            first = self.of("").command(data_dir=data_dir)
+            first = self.of("").command(settings, data_dir, without_defaults=True)
             raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {first}")
 
     def refuse_own_file(self, path: Path) -> None:
@@ -247,9 +260,15 @@ class Scenario:
         return self.folder / f"{self.model_name}_{self.dataset}_{tag}_{stage}.pth"
 
 
-def _option(name: str, value: Any) -> str:
+def _is_default(text: str, name: str, value: Any) -> bool:
+    """Whether a setting has this default in the text of a script."""
+    literal = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    return bool(re.search(rf'"{name}": {re.escape(literal)}[,}}\s]', text))
+
+
+def option_text(name: str, value: Any) -> str:
     """A setting as a command-line option; empty for one that was not given."""
-    option = f" --{name.replace('_', '-')}"
+    option = f"--{name.replace('_', '-')}"
     if value is None and "ratio" in name:
         return f"{option} none"
     if value is None:

@@ -439,6 +439,14 @@ def test_an_unknown_dataset_is_never_replaced_by_another(tmp_path, name):
         load_images(name, tmp_path / "data")
 
 
+def test_a_data_dir_that_is_not_there_or_is_the_dataset_itself_is_named(tmp_path):
+    make_image_folder(tmp_path / "Dogs")
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere: give --data-dir the folder in which Dogs lies"):
+        load_images("Dogs", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r'Dogs is the dataset itself: use --data-dir ".*"$'):
+        load_images("Dogs", tmp_path / "Dogs")
+
+
 def test_images_in_folders_within_a_class_and_links_are_read(tmp_path):
     folder = make_image_folder(tmp_path / "Pets")
     (folder / "train/cat/more").mkdir()

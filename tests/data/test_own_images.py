@@ -124,4 +124,4 @@ def test_a_folder_that_does_not_hold_what_it_should_is_named(tmp_path):
     refused("both pictures and folders")
     (tmp_path / "0.png").unlink()
     (tmp_path / "cat").rename(tmp_path / "train")
-    refused("not classes: give ")
+    refused("not classes: give .*train itself")

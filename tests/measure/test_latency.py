@@ -74,7 +74,7 @@ def test_networks_are_timed_in_turns(digits, compute):
     assert batches == (["b", "a", "a", "b"] * len(batches))[: len(batches)]
 
 
-def test_slow_turns_are_left_out_for_all_networks(clock, compute):
+def test_slow_turns_are_left_out(clock, compute):
     """In every third turn other work on the machine slows one of the networks down."""
     calls = {"a": clock.call(itertools.cycle([0.002, 0.002, 0.1])), "b": clock.call(itertools.repeat(0.003))}
     times = time_in_turns(calls, 30, 1, compute, "")
@@ -82,6 +82,14 @@ def test_slow_turns_are_left_out_for_all_networks(clock, compute):
     assert times["b"].seconds == pytest.approx([0.003] * 20)
     assert times["a"].spread_percent == pytest.approx(100 * (0.1 - 0.002) / 0.002), "the slow turns show in it"
     assert times["b"].spread_percent == pytest.approx(0, abs=1e-6)
+
+
+def test_a_stall_counts_for_none_though_other_turns_are_slower_as_a_whole(clock, compute):
+    stalls = itertools.cycle([0.0001, 0.005, 0.0001])
+    calls = {"short": clock.call(stalls), "long": clock.call(itertools.cycle([0.2, 0.1, 0.1]))}
+    times = time_in_turns(calls, 30, 1, compute, "")
+    assert times["short"].seconds == pytest.approx([0.0001] * 20)
+    assert times["long"].seconds == pytest.approx([0.1] * 20)
 
 
 def test_times_are_of_single_calls(clock, compute):

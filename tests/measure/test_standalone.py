@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleanai import UserError, image_set, save_standalone
+from cleanai import UserError, export_onnx, image_set, save_standalone
 from cleanai.runtime import packages
 
 needs_torch_export = pytest.mark.skipif(torch.__version__ < packages.LEAST_TORCH, reason="PyTorch has no torch.export")
@@ -44,6 +44,21 @@ def test_the_file_holds_none_of_the_pictures(tmp_path):
     many = image_set(torch.randint(0, 256, (100, 3, 48, 48), dtype=torch.uint8))  # 2.8 MB as float32
     save_standalone(_network(), tmp_path / "a.pt2", many)
     assert (tmp_path / "a.pt2").stat().st_size < 200_000
+
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images):
+        return self.convolution(images).view(images.size(0), -1)[:, :3]
+
+
+@pytest.mark.parametrize("save", [pytest.param(save_standalone, marks=needs_torch_export), export_onnx])
+def test_a_network_that_flattens_with_view_has_names_for_its_outputs(save, images, tmp_path):
+    network = Views().to(memory_format=torch.channels_last)
+    assert save(network, tmp_path / "network", images, ["a", "b", "c"])["largest_difference"] < 1e-5
 
 
 class Branching(nn.Module):

@@ -5,7 +5,8 @@ from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
+from torch import nn
 from torchvision.models import googlenet, mobilenet_v2, resnet18, resnet34
 
 from cleanai import UserError
@@ -54,6 +55,7 @@ FORMS = {
     "plain.pth": lambda state, path: torch.save(state, path),
     "old.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "wrapped.th": lambda state, path: torch.save({"best_prec1": 93.4, "state_dict": state}, path),
+    "published.pt": lambda state, path: torch.save({"epoch": 3, "model_state_dict": state}, path),
     "model.pt": lambda state, path: torch.save({"model": state, "epoch": 3}, path),
     "parallel.pth": lambda state, path: torch.save({f"module.{name}": t for name, t in state.items()}, path),
     "compiled.pth": lambda state, path: torch.save({f"_orig_mod.module.{name}": t for name, t in state.items()}, path),
@@ -107,6 +109,20 @@ def test_a_mask_holds_infinities_where_the_network_has_them(tmp_path):
     assert load_weights(network, tmp_path / "1.pth", "Masked")
     with pytest.raises(UserError, match="mask holds numbers that are not finite"):
         load_weights(network, tmp_path / "0.pth", "Masked")
+
+
+def test_a_weight_that_layers_share_is_in_the_file_once(tmp_path):
+    def tied():
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 4)
+        )
+        network[2].weight = network[1].weight
+        return network
+
+    one, other = tied(), tied()
+    save_model(one, tmp_path / "tied.safetensors")
+    assert load_weights(other, tmp_path / "tied.safetensors", "Tied")
+    assert torch.equal(other[1].weight, one[1].weight) and other[2].weight is other[1].weight
 
 
 def test_extra_classifiers_for_training_are_not_loaded(tmp_path):

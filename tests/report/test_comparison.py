@@ -154,9 +154,10 @@ def test_a_method_that_has_not_run_shows_the_command_that_runs_it(records, tmp_p
     result = run(COMPARE, "--checkpoints-dir", write(tmp_path, records))
     assert result.returncode == 0, result.stderr
     command = f'python test_scenarios/{SCRIPT_OF[missing]} --checkpoints-dir "{tmp_path}"'
-    assert f"- {TITLES[missing]} has not run. To run it: {command}\n" in result.stdout
+    assert f"- {TITLES[missing]} has not run. To run it: {command} --" in result.stdout
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("Accuracy (%)")]
     assert line.split().count("-") == 2
+    fails(run(COMPARE, "--data-dir", tmp_path), "--data-dir", "needs no images")
     assert "points ahead" not in result.stdout
     assert re.search(r"significant\s\(p\s[=<]", result.stdout), "the other method is compared with the original network"
 
@@ -164,8 +165,12 @@ def test_a_method_that_has_not_run_shows_the_command_that_runs_it(records, tmp_p
 def test_a_command_names_the_folder_of_the_images_that_the_other_run_names(records, tmp_path):
     del records["Coverage"]
     records["Wanda"]["commands"] = ['python test_scenarios/TS1_03_wanda_pruning.py --data-dir "my pictures" --seed 0']
+    records["Wanda"]["config"].update(lr=0.5, epochs=30)
     (remark,) = [text for text in compared(tmp_path, records)["remarks"] if "has not run" in text]
-    assert remark.endswith('--data-dir "my pictures"')
+    command = remark.split("To run it: ")[1]
+    assert command.startswith("python test_scenarios/TS1_02_coverage_pruning.py --checkpoints-dir")
+    assert '--data-dir "my pictures"' in command and "--lr 0.5" in command
+    assert "--epochs" not in command, "only what differs from the defaults"
 
 
 def test_without_the_record_of_script_1_its_number_is_missing(records, tmp_path):

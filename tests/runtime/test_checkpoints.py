@@ -37,6 +37,11 @@ def test_an_earlier_run_with_other_settings_is_refused_by_name(tmp_path):
     assert find_checkpoint(path, {"epochs": 4, "batch_size": 64})["config"]["epochs"] == 4
     with pytest.raises(UserError, match=r"was made with --batch-size 64, and this run is with --batch-size 128: "):
         find_checkpoint(path, {"epochs": 4, "batch_size": 128})
+    save_checkpoint(path, {"config": {"round_to": [8, 4], "lr": 0.1, "train_samples": None, "seed": 0}})
+    with pytest.raises(
+        UserError, match=r"was made with --round-to 8 4 --lr 0\.1 and without --train-samples, and this "
+    ):
+        find_checkpoint(path, {"round_to": [2], "lr": 0.2, "train_samples": 3, "seed": 0})
     with pytest.raises(UserError, match=r"run without --train-samples, use another"):
         save_checkpoint(path, {"config": {"train_samples": None}})
         find_checkpoint(path, {"train_samples": 50})
@@ -236,7 +241,7 @@ def test_strings_of_a_file_are_printed_on_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         load_checkpoint(path, model="ResNet18")
     assert r"the model a\nb\x1b[31mş\u202e, and" in str(error.value)
-    with pytest.raises(UserError, match=r"--dataset x\\ry,"):
+    with pytest.raises(UserError, match=r"--dataset \"x\\ry\","):
         find_checkpoint(path, {"dataset": "z"})
 
 

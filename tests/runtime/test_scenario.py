@@ -131,6 +131,7 @@ def test_a_command_holds_all_settings():
         "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8 "
         '--keep-layers conv1 "layer4.*"'
     )
+    assert "coverage-metric" not in files.of("Wanda").command(config), "the script has no such setting"
 
 
 def test_a_command_names_the_folder_of_the_images_where_it_is_another():

@@ -287,8 +287,9 @@ def test_a_lost_record_and_report_are_made_again_without_pruning_or_training(sma
     assert "Step 1/" not in result.stdout
     assert "Epoch 1/" not in result.stdout
     old, new = _record(folder, "Coverage", model=SMALL_MODEL), _record(tmp_path, "Coverage", model=SMALL_MODEL)
-    for key in ("history", "pruning", "config", "dataset"):
+    for key in ("pruning", "config", "dataset"):
         assert new[key] == old[key]
+    assert [epoch["test_loss"] for epoch in new["history"]] == [epoch["test_loss"] for epoch in old["history"]]
     assert new["models"]["pruned"]["accuracy_percent"] == old["models"]["pruned"]["accuracy_percent"]
     assert _scenario(tmp_path, "Coverage", model=SMALL_MODEL).report.exists()
 
@@ -402,7 +403,7 @@ def test_fresh_starts_over_with_other_settings(small_run, tmp_path):
     options = ["--dataset", "Digits", "--epochs", "1", "--lr", "0.0000001", "--fresh"]
     result = prepare(tmp_path, *options, script=scripts[SCRIPTS[0]])
     assert result.returncode == 0, result.stderr
-    assert "Epoch 1/1" in result.stdout and "The network is at chance level" in result.stdout
+    assert "Epoch 1/1" in result.stdout and "hardly better than guessing" in " ".join(result.stdout.split())
     assert not (tmp_path / "TS1" / "SmallNetwork_Digits_FT_epoch5.pth").exists()
     # What was pruned before belongs to another network now.
     shutil.copytree(folder / "TS1_Wanda_SmallNetwork_Digits", tmp_path / "TS1_Wanda_SmallNetwork_Digits")
