@@ -8,6 +8,7 @@ from typing import Sequence
 
 import repair
 from criteria import means
+from rows import mean_and_spread
 
 from cleanai.measure.significance import compare_paired
 from cleanai.report.comparison import heldout_flags
@@ -17,6 +18,7 @@ from cleanai.runtime.methods import METHODS
 _WIDTHS = [18, 16, 9, 8, 8, 8, 8, 10, 8, 11, 7]
 _HEADING = ["Run", "Method", "Removed", "Epochs", "Images", "Rate", "Distil", "Original", "Pruned", "Fine-tuned", "p"]
 _Rows = Sequence[dict]
+_SHARES = (50.0, 70.0)  # percent removed, of criteria compared
 
 
 def load_runs(folder: Path) -> dict[str, Record]:
@@ -60,23 +62,27 @@ def answers(runs: dict[str, Record], sweep: Record, of: dict[str, _Rows], latenc
     ]
 
 
-def by_chance(sweep: Record, criteria: _Rows, removed_percent: int = 50) -> str:
-    """What the methods lose, and what random choice loses."""
+def by_chance(sweep: Record, criteria: _Rows) -> str:
+    """What the methods lose, and what random choice loses: with several seeds, or in the one run of the sweep."""
+    original = sweep["original"]["accuracy_percent"]
+    lost = {
+        (point["criterion"], 100 * point["ratio"]): f"{original - point['accuracy_percent']:.2f}"
+        for point in sweep["points"]
+    }
+    shares, how = _SHARES[:1], "one run each"
     if criteria:
-        original = float(criteria[0]["original_percent"])
-        names = list(dict.fromkeys(row["criterion"] for row in criteria))
-        reached = {name: means(criteria, name, "reconstructed")[removed_percent] for name in names}
-        lost = {name: f"{original - sum(values) / len(values):.2f}" for name, values in reached.items()}
-        runs = f"means of {len(reached['random'])} seeds"
-    else:
-        original = sweep["original"]["accuracy_percent"]
-        points = [point for point in sweep["points"] if point["ratio"] == removed_percent / 100]
-        lost = {point["criterion"]: f"{original - point['accuracy_percent']:.2f}" for point in points}
-        runs = "one run each"
-    shown = ", ".join(f"{points} points by {name}" for name, points in lost.items())
+        lost, shares = {}, _SHARES
+        for name in dict.fromkeys(row["criterion"] for row in criteria):
+            for share, percents in means(criteria, name, "reconstructed").items():
+                losses = [float(criteria[0]["original_percent"]) - percent for percent in percents]
+                lost[name, share] = mean_and_spread(losses, 2)
+        how = f"{len(means(criteria, 'random', 'reconstructed')[shares[0]])} seeds, standard deviation in brackets"
+    names = dict.fromkeys(name for name, _ in lost)
+    shown = [f"{' and '.join(lost[name, share] for share in shares)} points by {name}" for name in names]
     return (
-        f"- **Do the methods choose better than chance?** With {removed_percent}% of the parameters and of the FLOPs "
-        f"removed, the same repair and no fine-tuning, the network lost {shown} ({runs})."
+        "- **Do the methods choose better than chance?** With "
+        f"{' and '.join(f'{share:.0f}%' for share in shares)} of the parameters and of the FLOPs removed, the same "
+        f"repair and no fine-tuning, the network lost {', '.join(shown)} ({how})."
     )
 
 

@@ -45,14 +45,16 @@ def test_criteria_of_several_seeds_come_before_the_sweep_of_one():
             "criterion": name,
             "seed": str(seed),
             "original_percent": "90.00",
-            "parameters_asked_percent": "50.00",
-            "reconstructed_percent": f"{80 + 2 * seed + better:.2f}",
+            "parameters_asked_percent": f"{share:.2f}",
+            "reconstructed_percent": f"{80 + 2 * seed + better - share / 10:.2f}",
         }
         for name, better in (("WANDA", 5), ("random", 0))
         for seed in range(3)
+        for share in (20, 50, 70)
     ]
     answer = runs.by_chance(sweep, rows)
-    assert "3.00 points by WANDA, 8.00 points by random" in answer
+    assert "With 50% and 70% of " in answer and "(3 seeds, " in answer
+    assert "8.00 (2.00) and 10.00 (2.00) points by WANDA, 13.00 (2.00) and 15.00 (2.00) points by random" in answer
     assert lost not in answer
 
 
