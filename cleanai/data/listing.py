@@ -74,13 +74,13 @@ def list_pictures(folder: Path) -> list[ImageFile]:
         folders = [entry.name for entry in entries if entry.is_dir()]
         direct = [entry for entry in entries if not entry.is_dir()]
         pictures = [entry.path for entry in direct if entry.name.lower().endswith(ENDINGS)]
-        one = "train" if "train" in folders else next(iter(folders), "")
         skipped.update(_kind(entry.name) for entry in direct if entry.path not in pictures)
         if not pictures + folders:
             raise UserError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
         if pictures and folders:
             raise UserError(f"{folder} holds both pictures and folders, such as {folders[0]}: give one of the folders")
         if {name.lower() for name in folders} & {"train", "test", "val", "valid", "validation"}:
+            one = "train" if "train" in folders else folders[0]
             raise UserError(f"{folder} holds {_names(folders)}, not classes: give {folder / one} itself")
         classes = _pictures_by_class(folder, skipped) if folders else {"": pictures}
         if len(folders) == 1:

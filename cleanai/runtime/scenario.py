@@ -15,6 +15,7 @@ from typing import Any
 
 from cleanai import UserError
 from cleanai.runtime import distributed
+from cleanai.runtime.files import remove_file
 from cleanai.runtime.methods import METHODS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -196,12 +197,12 @@ class Scenario:
         folder = "" if self.checkpoints_dir == CHECKPOINTS_DIR else f' --checkpoints-dir "{self.checkpoints_dir}"'
         if data_dir != DATA_DIR and self.dataset != EMBEDDED:
             folder += f' --data-dir "{data_dir}"'
-        own = [key for key in config or {} if key not in NO_OPTIONS and (f'"{key}"' in text or not text)]
-        given = {key: config[key] for key in own} if config else {}
         settings = [
             option_text(key, value)
-            for key, value in given.items()
-            if not (without_defaults and _is_default(text, key, value))
+            for key, value in (config or {}).items()
+            if key not in NO_OPTIONS
+            and (not text or f'"{key}"' in text)
+            and not (without_defaults and _is_default(text, key, value))
         ]
         return " ".join([f"python test_scenarios/{name}{dataset}{folder}", *filter(None, settings)])
 
@@ -227,7 +228,7 @@ class Scenario:
             for pattern in self._outputs():
                 for path in pattern.parent.glob(pattern.name):
                     try:
-                        path.unlink()
+                        remove_file(path)
                     except PermissionError as error:
                         raise UserError(
                             f"{path} cannot be deleted ({error.strerror}): close the programs that hold it open, or "
