@@ -1,4 +1,4 @@
-"""The section on test coverage in a pruning script's PDF."""
+"""The sections on test coverage in a pruning script's PDF."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CRITERIA = {
 
 
 def coverage(record: Record) -> list[Any]:
-    """The content of the section on test coverage."""
+    """The content of the section on test coverage: its criteria, of each network."""
     measured = record["coverage"]
     covered = "held-out test images" if calibrated_on_train(record) else "calibration images"
     models = [measured["models"][name] for name in STAGES]
@@ -30,7 +30,26 @@ def coverage(record: Record) -> list[Any]:
     rows.append(["Neurons", *(f"{model['neurons']:,}" for model in models), ""])
     if all("dead" in model for model in models):
         rows.append(["Dead channels", *(f"{sum(each['count'] for each in model['dead']):,}" for model in models), ""])
-    hidden = [model["layers"][:-1] for model in models]  # the last layer's outputs are the classes
+    return [
+        text(
+            "How thoroughly the test images exercise each network; this does not measure its quality. Where coverage "
+            "has not fallen, these images test the pruned network as thoroughly as the original one."
+        ),
+        Spacer(1, 4),
+        table(rows, [WIDTH * share for share in (0.4, 0.15, 0.15, 0.16, 0.14)]),
+        text(
+            f"Measured on {measured['images']:,} of the {covered}. A neuron is one channel of a layer's "
+            "output; its value for an image is the mean over all positions. For NC the layer's "
+            "values are scaled to [0, 1], image by image. Ranges are from "
+            f"{measured['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself when layers get "
+            f"narrower.{_dead_channels(models[-1])}"
+        ),
+    ]
+
+
+def layer_coverage(record: Record) -> list[Any]:
+    """The content of the section on the test coverage of each layer."""
+    hidden = [record["coverage"]["models"][name]["layers"][:-1] for name in STAGES]  # the last one's are the classes
     panels = {
         title: {name: [layer[key] for layer in layers] for name, layers in zip(STAGES.values(), hidden)}
         for title, key in (
@@ -39,22 +58,10 @@ def coverage(record: Record) -> list[Any]:
         )
     }
     return [
-        text(
-            "How thoroughly the test images exercise each network; this does not measure its quality. Where coverage "
-            "has not fallen, these images test the pruned network as thoroughly as the original one."
-        ),
-        Spacer(1, 4),
-        table(rows, [WIDTH * share for share in (0.4, 0.15, 0.15, 0.16, 0.14)]),
-        Spacer(1, 8),
         layers_chart([layer["name"] for layer in hidden[0]], panels),
         text(
-            f"Measured on {measured['images']:,} of the {covered}. A neuron is one channel of a layer's "
-            "output; its value for an image is the mean over all positions. For NC the layer's "
-            "values are scaled to [0, 1], image by image. Ranges are from "
-            f"{measured['profile_images']:,} training images, in 1,000 sections. TKNC rises by itself when layers get "
-            "narrower. In the charts a channel is active above zero; its normalised coverage is its mean absolute "
-            "value over the largest one in the layer. An output is named after the first layer that reads it."
-            f"{_dead_channels(models[-1])}"
+            "A channel is active above zero; its normalised coverage is its mean absolute value over the largest one "
+            "in the layer. An output is named after the first layer that reads it."
         ),
     ]
 

@@ -9,7 +9,7 @@ from reportlab.platypus import Spacer, Table
 from cleanai.measure.significance import verdict
 from cleanai.report.charts import epochs_chart, latency_chart
 from cleanai.report.comparison import heldout_change
-from cleanai.report.coverage_pdf import coverage
+from cleanai.report.coverage_pdf import coverage, layer_coverage
 from cleanai.report.curves import Panel, curves_chart
 from cleanai.report.drawing import WIDTH
 from cleanai.report.evidence_pdf import changes, deployed, robustness
@@ -56,6 +56,7 @@ def pdf_report(record: Record) -> bytes:
         *section("Layers before and after pruning", *layers(record)),
         *(section("Sensitivity of the layers", *sensitivity(record)) if record["pruning"].get("sensitivity") else []),
         *section("Test coverage", *coverage(record)),
+        *section("Test coverage of the layers", *layer_coverage(record)),
         *section("Accuracy per class", *_classes(record)),
         *changes(record),
         *(_newly_wrong(record) if record["newly_wrong"] else []),

@@ -25,6 +25,7 @@ SECTIONS = (
     "Layers before and after pruning",
     "Sensitivity of the layers",
     "Test coverage",
+    "Test coverage of the layers",
     "Accuracy per class",
     "Changed predictions",
     "Images that are newly wrong",
