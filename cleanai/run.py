@@ -73,15 +73,20 @@ class Run:
         for warning in self._other_pictures():
             print(wrapped(f"Note: {warning}."))
         self.split = Split.of(self.images, args.config)
-        which = "all" if args.calibrate_on == "train" else "the other"
-        print(
-            f"Calibration uses {len(self.split.calibration):,} {'training' if which == 'all' else 'test'} images; "
-            f"{which} {len(self.split.heldout):,} test images are held out"
-        )
+        print(self._which_images())
         self.repair_images = self._count_repair_images(original)
         if args.fresh:
             scenario.remove_outputs()
         return original
+
+    def _which_images(self) -> str:
+        """What serves for calibration and what is held out; and where test images are few, how to hold out all."""
+        calibration, heldout = f"{len(self.split.calibration):,}", f"{len(self.split.heldout):,} test images"
+        if self.args.calibrate_on == "train":
+            return f"Calibration uses {calibration} training images; all {heldout} are held out"
+        few = len(self.split.calibration) < self.args.calibration_batches * self.args.batch_size
+        hint = f" (all {len(self.images.test):,} with --calibrate-on train)" if few else ""
+        return f"Calibration uses {calibration} test images; the other {heldout} are held out{hint}"
 
     def _other_pictures(self) -> list[str]:
         """A warning where the test images are not those that the preparing script had."""

@@ -147,6 +147,25 @@ def test_other_test_images_than_those_of_script_1_are_noted(digits, compute, tmp
     assert notes == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("batches", "source", "expected"),
+    [
+        (2, "test", "Calibration uses 32 test images; the other 328 test images are held out"),
+        (50, "test", "the other 90 test images are held out (all 360 with --calibrate-on train)"),
+        (50, "train", "Calibration uses 800 training images; all 360 test images are held out"),
+    ],
+)
+def test_where_few_images_are_held_out_the_option_that_holds_out_all_is_named(
+    batches, source, expected, digits, compute, tmp_path, capsys
+):
+    scenario, network = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda"), SmallNetwork(10)
+    settings = {"calibration_batches": batches, "batch_size": 16, "seed": 0, "calibrate_on": source, "repair": "none"}
+    args = Namespace(config=settings, epochs=0, fresh=False, repair_batches=1, train_samples=None, **settings)
+    facts = checkpoint_facts(scenario, digits, compute, settings)
+    Run(scenario, args, compute, digits, facts, {**facts, "state_dict": network.state_dict()}).load_original()
+    assert f"{expected}\n" in capsys.readouterr().out
+
+
 def test_a_network_whose_loss_is_not_finite_is_not_measured_for_hours(digits, compute, tmp_path):
     scenario, network = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda"), SmallNetwork(10)
     network.classifier.bias.data[0] = torch.inf
