@@ -37,7 +37,9 @@ def page(tmp_path_factory):
         for number in range(10):
             pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=random)
             Image.fromarray(pixels.numpy()).save(folder / place / f"{number}.png")
-    Image.open(folder / "my_pictures" / "cat" / "0.png").save(folder / "picture.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the orientation of a picture that a phone took upright
+    Image.open(folder / "my_pictures" / "cat" / "0.png").save(folder / "picture.jpg", exif=turned)
     variables = {}
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable
 
@@ -39,6 +38,7 @@ def export_scenario(
     number of threads. docs/reading-results.md describes the entries.
     """
     import onnx
+    import onnxruntime
 
     compute = replace(choose_compute("cpu", "float32"), timing_s=timing_s)
     end_all_but_first()
@@ -77,7 +77,7 @@ def export_scenario(
         **exported,
         "device": compute.device_name,
         "cpu_threads": torch.get_num_threads(),
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": onnxruntime.__version__,
         "heldout_images": len(heldout),
         "pytorch_accuracy_percent": measured["pytorch"],
         **measured["onnx_runtime"],

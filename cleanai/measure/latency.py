@@ -53,8 +53,7 @@ def time_networks(
     """
     with torch.inference_mode(), compute.repeated_shapes():
         singles, latency_by = _time_singles(networks, images, compute, dtype)
-        size = _batch_size(singles, compute)
-        batches = _time_batches(networks, images, size, compute, dtype)
+        batches, size = _time_batches(networks, images, _batch_size(singles, compute), compute, dtype)
         timed = {
             name: {
                 "latency_ms": distribution_ms(singles[name]),
@@ -82,8 +81,7 @@ def compare_speed(
     with torch.inference_mode(), compute.repeated_shapes():
         times, _ = _time_singles(networks, images, short)
         if speedup_of == "batch":
-            size = _batch_size(times, compute)
-            times = _time_batches(networks, images, size, short)
+            times, size = _time_batches(networks, images, _batch_size(times, compute), short)
     before, after = (statistics.median(times[name].seconds) for name in networks)
     return {"speedup": before / after, "latency_median_ms": 1000 * after, "latency_images": size}
 
@@ -100,10 +98,18 @@ def _time_singles(
 
 def _time_batches(
     networks: dict[str, nn.Module], images: ImageSet, size: int, compute: Compute, dtype: torch.dtype = torch.float32
-) -> dict[str, Times]:
-    """Times of a batch of `size` images per network."""
-    batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
-    return time_in_turns(_passes(networks, batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
+) -> tuple[dict[str, Times], int]:
+    """Times of a batch of `size` images per network, and that size: it is halved while memory does not suffice."""
+    while True:
+        batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
+        try:
+            times = time_in_turns(_passes(networks, batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
+            return times, size
+        except (MemoryError, RuntimeError) as error:
+            if size == 1 or not is_shortage(error):
+                raise
+        size //= 2
+        torch.cuda.empty_cache()
 
 
 def _passes(networks: dict[str, nn.Module], inputs: torch.Tensor) -> dict[str, Callable[[], Any]]:

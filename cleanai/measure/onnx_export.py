@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
@@ -43,7 +42,7 @@ def export_onnx(network: nn.Module, path: str | Path, images: ImageSet, classes:
     network, inputs = for_export(network, images)
     facts = image_facts(network, images, classes)
     model, free = _smallest_limits(network, inputs, facts)
-    difference = compared(network, runner(model), inputs, f"ONNX Runtime {version('onnxruntime')}")
+    difference = compared(network, runner(model), inputs, runtime_name())
     write(path, model)
     height, width = facts["image_size"]
     print(f"{path.name}: any batch size, {'any image size' if free else f'images of {height} x {width} pixels only'}")
@@ -117,7 +116,7 @@ def runner(model: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def explain(_: BaseException) -> UserError:  # the errors of ONNX Runtime have no common class
         return UserError(
-            f"ONNX Runtime {version('onnxruntime')} cannot run the exported network: try another version, "
+            f"{runtime_name()} cannot run the exported network: try another version, "
             "pip install --upgrade onnx onnxruntime onnxscript"
         )
 
@@ -128,6 +127,13 @@ def runner(model: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
     with foreign_code(explain):
         session = open_session(model)
     return run
+
+
+def runtime_name() -> str:
+    """For example "ONNX Runtime 1.20.0", by whichever package it was installed (onnxruntime, onnxruntime-gpu, ...)."""
+    import onnxruntime
+
+    return f"ONNX Runtime {onnxruntime.__version__}"
 
 
 def open_session(model: bytes) -> onnxruntime.InferenceSession:

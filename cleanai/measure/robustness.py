@@ -23,6 +23,7 @@ LEVELS = ("mild", "strong")
 IMAGES = 1000
 LEAST_IMAGES = 100
 AT_ONCE = 250  # images that are disturbed at once, for the memory; the noise repeats from part to part
+MOST_VALUES = 1 << 26  # of these images: 256 MiB in float32
 MACS = 6e11  # of a network on the images: those of ResNet-18 on 1,000 images of CIFAR-10
 
 
@@ -72,7 +73,8 @@ CASES = [("None", ""), *((name, level) for name in CORRUPTIONS for level in LEVE
 def corrupted(images: ImageSet, name: str, level: str) -> ImageSet:
     """The same images after a corruption of `CORRUPTIONS`, mild or strong. The same ones every time."""
     corrupt, strengths = CORRUPTIONS[name]
-    parts = (corrupt(part.float() / 255, strengths[LEVELS.index(level)]) for part in images.pixels.split(AT_ONCE))
+    at_once = max(1, min(AT_ONCE, MOST_VALUES // images.pixels[0].numel()))
+    parts = (corrupt(part.float() / 255, strengths[LEVELS.index(level)]) for part in images.pixels.split(at_once))
     return replace(images, pixels=torch.cat([(part.clamp(0, 1) * 255).round().byte() for part in parts]))
 
 

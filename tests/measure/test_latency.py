@@ -139,6 +139,22 @@ def test_a_slow_network_gets_a_smaller_batch(clock, compute, digits, single_s, b
     assert clock.now <= max(100, 8 * single_s)
 
 
+@pytest.mark.parametrize("message", ["out of memory", "shapes clash"])
+def test_batches_that_do_not_fit_into_memory_are_halved(clock, compute, digits, message):
+    class Large(nn.Module):
+        def forward(self, inputs):
+            clock.now += 0.001
+            if len(inputs) > 40:
+                raise RuntimeError(message)
+
+    if message == "out of memory":
+        assert time_networks({"a": Large()}, digits.test, compute)["a"]["throughput_batch"] == 32
+        assert compare_speed(Large(), Large(), digits.test, compute, "batch")["latency_images"] == 32
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            time_networks({"a": Large()}, digits.test, compute)
+
+
 @pytest.mark.parametrize(("speedup_of", "images", "speedup"), [("single", 1, 3 / 2.5), ("batch", 128, 130 / 66)])
 def test_the_speed_up_is_that_of_single_images_or_of_batches(digits, compute, clock, speedup_of, images, speedup):
     class Slow(nn.Module):

@@ -55,6 +55,15 @@ def test_brightness_raises_the_value_of_hsv_and_keeps_hue_and_saturation():
     assert corrupted(images, "Brightness", "strong").pixels[0, :, 0, 0].tolist() == [76, 76, 76]
 
 
+@pytest.mark.parametrize(("side", "parts"), [(8, [100]), (600, [62, 38])])
+def test_few_large_images_are_disturbed_at_once(monkeypatch, side, parts):
+    sizes = []
+    monkeypatch.setitem(CORRUPTIONS, "Blur", (lambda pixels, _: sizes.append(len(pixels)) or pixels, (0.4, 1.0)))
+    images = random_images(100, side=side)
+    assert torch.equal(corrupted(images, "Blur", "mild").pixels, images.pixels)
+    assert sizes == parts
+
+
 def test_contrast_shrinks_the_distance_from_the_mean_of_each_channel():
     images = random_images(4, side=16)
     grey = images.pixels[:, :1].repeat(1, 3, 1, 1)
