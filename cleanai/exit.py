@@ -29,15 +29,18 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's `main` and end the program: status 0, or one line on what is wrong and status 1.
 
     Ctrl-C and SIGTERM end it with one line, and status 130 and 143. A script of another folder than this package's is
-    not run. A `main` that raises SystemExit ends with its status, as --strict does.
+    not run. A `main` that raises SystemExit ends with its status, as --strict does. In a session (%run of IPython) the
+    handlers of signals are those of before again.
     """
     _prepare_streams()
+    _received.clear()
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
         for number in _SIGNALS:
             # Of several processes only the first has files to leave in order. The others wait for one another in C++,
             # where no handler runs: when one fails, torchrun's SIGTERM must end them at once.
             waits = number == signal.SIGTERM and distributed.rank() > 0
-            if signal.getsignal(number) is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
+            if before[number] is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
                 signal.signal(number, _stop)
     status, message = _run(main)
     problem = _flush("stdout")
@@ -51,6 +54,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
     _flush("stderr")
+    if hasattr(sys, "ps1") and threading.current_thread() is threading.main_thread():  # the session goes on
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     sys.exit(status)
 
 

@@ -84,6 +84,28 @@ def test_outputs_of_notebooks_and_of_programs_without_a_console_are_taken_as_the
     assert stdout is None or stdout.text == "a line\n"
 
 
+_SESSION = """
+import signal, sys
+from cleanai import UserError
+from cleanai.exit import run_script
+sys.ps1 = ">>> "
+def interrupted(): signal.raise_signal(signal.SIGINT)
+def wrong(): raise UserError("what to do")
+for main in (interrupted, wrong, lambda: None):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        run_script(main)
+    except SystemExit as ending:
+        print(ending.code, (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before)
+"""
+
+
+def test_a_session_goes_on_after_a_script_as_before_it():
+    result = subprocess.run([sys.executable, "-c", _SESSION], capture_output=True, encoding="utf-8")
+    assert result.stdout.splitlines() == ["130 True", "1 True", "0 True"], result.stderr
+    assert "Error: what to do" in result.stderr
+
+
 class _OnlyWrite:
     def __init__(self):
         self.text = ""

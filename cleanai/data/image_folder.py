@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from cleanai import UserError
-from cleanai.data.images import empty_pixels
+from cleanai.data.images import SIZE_OPTION, empty_pixels
 from cleanai.data.listing import ImageFile, list_image_folder
 from cleanai.runtime.files import one_line, remove_leftovers, replacing
 from cleanai.runtime.progress import progress
@@ -63,20 +63,18 @@ def _fingerprint(files: list[ImageFile], folder: Path, image_size: int | None) -
     return hashlib.sha256(json.dumps([decoder, listing]).encode("ascii")).hexdigest()
 
 
-def decode(
-    files: list[ImageFile], folder: Path, image_size: int | None, option: str = "--image-size {} of script 1"
-) -> np.ndarray:
+def decode(files: list[ImageFile], folder: Path, image_size: int | None, option: str = SIZE_OPTION) -> np.ndarray:
     """Pixels (N, 3, H, W) uint8 of the pictures of `folder`, see `read_image_folder`.
 
     `option` is how a user asks for an image size, with {} in its place.
     """
-    pixels = empty_pixels(str(folder), len(files), image_size, image_size) if image_size else None
+    pixels = empty_pixels(str(folder), len(files), image_size, image_size, option) if image_size else None
     for number, file in enumerate(progress(files, f"Reading {folder.name}", "image")):
         picture = _read(file.path)
         if image_size:
             picture = ImageOps.fit(picture, (image_size, image_size), Image.BILINEAR)
         if pixels is None:
-            pixels = empty_pixels(str(folder), len(files), picture.height, picture.width)
+            pixels = empty_pixels(str(folder), len(files), picture.height, picture.width, option)
         height, width = pixels.shape[2:]
         if picture.size != (width, height):
             raise UserError(

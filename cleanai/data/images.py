@@ -224,7 +224,10 @@ class Images:
         return self.test.select(order[:count]), order[count:]
 
 
-def empty_pixels(name: str, count: int, height: int, width: int) -> np.ndarray:
+SIZE_OPTION = "--image-size {} of script 1"  # how a user of the scripts asks for an image size
+
+
+def empty_pixels(name: str, count: int, height: int, width: int, option: str = SIZE_OPTION) -> np.ndarray:
     """Room for the pixels (N, 3, H, W) uint8 of the dataset `name`. UserError when the machine has less memory."""
     gib = count * 3 * height * width / 2**30
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else gib
@@ -235,7 +238,7 @@ def empty_pixels(name: str, count: int, height: int, width: int) -> np.ndarray:
     except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
         raise UserError(
             f"{name}: {count:,} images of {width} x {height} pixels take {gib:,.1f} GiB, more memory than there is: "
-            "use a smaller --image-size (an option of script 1), or fewer images"
+            f"use a smaller {option.format('N')}, or fewer images"
         ) from error
 
 

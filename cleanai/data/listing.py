@@ -74,7 +74,8 @@ def list_pictures(folder: Path) -> list[ImageFile]:
         folders = [entry.name for entry in entries if entry.is_dir()]
         direct = [entry for entry in entries if not entry.is_dir()]
         pictures = [entry.path for entry in direct if entry.name.lower().endswith(ENDINGS)]
-        skipped.update(_kind(entry.name) for entry in direct if entry.path not in pictures)
+        if not folders:  # otherwise they are counted with those of the classes
+            skipped.update(_kind(entry.name) for entry in direct if entry.path not in pictures)
         if not pictures + folders:
             raise UserError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
         if pictures and folders:

@@ -100,15 +100,15 @@ def at_chance_level(percents: dict[str, float], original_percent: float, images:
     """A warning about each network that is hardly better than guessing, from the accuracies by the networks' names.
 
     That is an accuracy above guessing of at most a tenth of the original network's, or within three standard deviations
-    of guessing on the test images.
+    of guessing on the test images. Who guesses always says the class with the most of them.
     """
-    guessing = 1 / len(images.classes)
+    guessing = int(images.test.labels.cpu().bincount().max()) / len(images.test)
     above_guessing = max(0.0, original_percent / 100 - guessing)
     noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
     limit_percent = 100 * (guessing + max(above_guessing / 10, noise))
     return [
         f"{name} is hardly better than guessing: {percent:.2f}% accuracy on {len(images.test):,} test images, and "
-        f"guessing among {len(images.classes)} classes gives {100 * guessing:.2f}%"
+        f"the most frequent of the {len(images.classes)} classes alone gives {100 * guessing:.2f}%"
         for name, percent in percents.items()
         if percent <= limit_percent
     ]

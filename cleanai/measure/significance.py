@@ -84,9 +84,13 @@ def judge_drop(first: np.ndarray, second: np.ndarray, accept_drop: float) -> dic
 
 def verdict(p_value: float) -> str:
     """For example "significant (p < 0.001)" or "not significant (p = 0.714)"."""
-    return f"{'significant' if p_value < LEVEL else 'not significant'} ({shown_p(p_value)})"
+    shown = "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}"
+    return f"{'significant' if p_value < LEVEL else 'not significant'} (p {shown})"
 
 
-def shown_p(p_value: float) -> str:
-    """For example "p = 0.714"."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+def stricter_test(compared: dict[str, Any]) -> str:
+    """A sentence where the test of `compare_paired` and its interval seem to contradict each other; else nothing."""
+    low, high = compared["interval_points"]
+    if compared["p_value"] < LEVEL or low <= 0 <= high:
+        return ""
+    return "The exact test is stricter than the interval, which barely leaves out zero."

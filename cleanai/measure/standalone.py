@@ -197,7 +197,7 @@ def _reason(network: nn.Module, error: BaseException) -> str:
 
 
 def writable(path: str | Path) -> Path:
-    """The path of a file to write. UserError when it is a folder, or lies in none."""
+    """The path of a file to write. UserError when it is a folder."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file")

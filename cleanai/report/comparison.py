@@ -25,7 +25,7 @@ from cleanai.report.wording import (
 )
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.methods import METHODS
-from cleanai.runtime.scenario import DATA_DIR, Scenario
+from cleanai.runtime.scenario import DATA_DIR, Scenario, weights_hint
 
 COMPARED = ("pruned", "fine_tuned")
 _SAME_TIME = 1.15  # a larger ratio of two times of one network is not by chance
@@ -60,7 +60,8 @@ def compare_methods(scenario: Scenario) -> Record:
         raise UserError(f"The methods pruned different fine-tuned models and cannot be compared. Run: {again}")
     flags = {method: heldout_flags(run) for method, run in runs.items()}
     prepare = scenario.of("").command(one.get("prepared_with"), data_dir, without_defaults=True)
-    remarks = [] if preparation else [f"The preparation has no record. To make it: {prepare}"]
+    hint = weights_hint(one.get("prepared_with"))
+    remarks = [] if preparation else [f"The preparation has no record. To make it: {prepare}{hint}"]
     remarks += [f"{method_title(m)} has not run. To run it: {commands[m]}" for m in METHODS if m not in runs]
     comparable = _same_images(runs)
     if not comparable:

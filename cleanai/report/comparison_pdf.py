@@ -37,8 +37,8 @@ def pdf_comparison(record: Record) -> bytes:
     widths.update({name: [layer["channels_after"] for layer in cut] for name, cut in zip(runs, layers)})
     story = [
         *map(text, record["answer"]),
-        *map(warning, record.get("warnings", [])),
-        *map(text, record.get("notes", [])),
+        *map(warning, record["warnings"]),
+        *map(text, record["notes"]),
         *section("Side by side", *_side_by_side(record, titles)),
         *section("Are the differences significant?", differences, Spacer(1, 4), text(explanation(record))),
         *section("The differences with their intervals", *charts),

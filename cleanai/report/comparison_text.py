@@ -6,7 +6,7 @@ import csv
 import io
 import textwrap
 
-from cleanai.measure.significance import LEVEL
+from cleanai.measure.significance import LEVEL, stricter_test
 from cleanai.report.comparison import COMPARED, pairs_of
 from cleanai.report.run_text import comparison_rows, summary_rows
 from cleanai.report.wording import (
@@ -92,6 +92,7 @@ def explanation(record: Record) -> str:
             f"network classifies correctly. p: exact McNemar test on these; significant below {LEVEL:g}, each "
             "difference by itself. This covers variation between test images, not between training seeds."
         )
+    sentences += {stricter_test(difference) for difference in record["differences"]} - {""}
     return " ".join(sentences)
 
 
@@ -116,8 +117,8 @@ def comparison_text(record: Record) -> str:
     return "\n".join(
         [
             *map(wrapped, record["answer"]),
-            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record.get("warnings", [])),
-            *("\n" + wrapped(f"Note: {note}") for note in record.get("notes", [])),
+            *("\n" + wrapped(f"!!! WARNING: {warning}") for warning in record["warnings"]),
+            *("\n" + wrapped(f"Note: {note}") for note in record["notes"]),
             "",
             *map(wrapped, origin_lines({"dataset": any_run(record)["dataset"]})),
             wrapped(original_line(record)),

@@ -6,7 +6,7 @@ from typing import Any
 
 from reportlab.platypus import Spacer, Table
 
-from cleanai.measure.significance import verdict
+from cleanai.measure.significance import stricter_test, verdict
 from cleanai.report.charts import epochs_chart, latency_chart
 from cleanai.report.comparison import heldout_change
 from cleanai.report.coverage_pdf import coverage, layer_coverage
@@ -114,7 +114,8 @@ def _significance(tested: Record) -> str:
     return (
         f"The difference in accuracy is {verdict(tested['p_value'])} by McNemar's test: {tested['only_first']:,} of "
         f"these images only the original network classifies correctly, {tested['only_second']:,} only the final one. "
-        f"The 95% interval of the difference is {interval_text(tested['interval_points'])} points."
+        f"The 95% interval of the difference is {interval_text(tested['interval_points'])} points. "
+        f"{stricter_test(tested)}".rstrip()
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cleanai.measure.significance import verdict
+from cleanai.measure.significance import stricter_test, verdict
 from cleanai.report.comparison import heldout_change
 from cleanai.report.notes import notes
 from cleanai.report.wording import (
@@ -59,6 +59,8 @@ def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
     of_macs, macs = in_unit("macs", [model["macs"] for model in models])
     time, times = in_unit("ms", [model["latency_ms"]["mean"] for model in models])
     batch = models[0].get("throughput_batch", FULL_BATCH)
+    throughputs = [model["throughput_images_per_s"] for model in models]
+    decimals = 0 if min(throughputs) >= 10 else 2
     rows = [
         ("Accuracy (%)", [f"{model['accuracy_percent']:.2f}" for model in models]),
         (f"Size ({size})", sizes),
@@ -66,7 +68,7 @@ def comparison_rows(record: Record) -> list[tuple[str, list[str]]]:
         (f"FLOPs ({of_macs})", macs),
         (f"Avg Inference Time ({time})", times),
         ("Held-out Accuracy (%)", [f"{model['accuracy_heldout_percent']:.2f}" for model in models]),
-        (f"Throughput, batch {batch} (images/s)", [f"{model['throughput_images_per_s']:.0f}" for model in models]),
+        (f"Throughput, batch {batch} (images/s)", [f"{each:.{decimals}f}" for each in throughputs]),
     ]
     for runtime, latency in exported.items():
         time, times = in_unit("ms", [latency[name]["mean"] for name in STAGES])
@@ -171,7 +173,7 @@ def _change(record: Record) -> list[str]:
     tested = heldout_change(record)
     return [
         f"Held-out accuracy changed by {tested['difference_points']:+.2f} points, {verdict(tested['p_value'])}; 95% "
-        f"interval {interval_text(tested['interval_points'])} points."
+        f"interval {interval_text(tested['interval_points'])} points. {stricter_test(tested)}".rstrip()
     ]
 
 

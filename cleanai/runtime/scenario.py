@@ -210,7 +210,7 @@ class Scenario:
         """Raise UserError when there is no network of the preparing script, which ran with these `settings`, if any."""
         if not self.fine_tuned.exists():
             require_known_dataset(self.dataset, data_dir)
-            first = self.of("").command(settings, data_dir, without_defaults=True)
+            first = self.of("").command(settings, data_dir, without_defaults=True) + weights_hint(settings)
             raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {first}")
 
     def refuse_own_file(self, path: Path) -> None:
@@ -259,6 +259,12 @@ class Scenario:
     def _trained(self, stage: str) -> Path:
         tag = f"FTAP_{METHODS[self.method].tag}" if self.method else "FT"
         return self.folder / f"{self.model_name}_{self.dataset}_{tag}_{stage}.pth"
+
+
+def weights_hint(settings: dict[str, Any] | None) -> str:
+    """What to say after a command with these settings whose `--weights` has the name of a file, not its folder."""
+    weights = (settings or {}).get("weights", "none")
+    return "" if weights in ("imagenet", "none") else f" (with the folder of {weights})"
 
 
 def _is_default(text: str, name: str, value: Any) -> bool:

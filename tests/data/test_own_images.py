@@ -27,12 +27,13 @@ def test_a_folder_of_classes_is_read_in_the_order_of_their_names(tmp_path, capsy
         (tmp_path / left).parent.mkdir(exist_ok=True)
         (tmp_path / left).write_bytes(b"left by a system")
     (tmp_path / "cat" / "notes.txt").write_text("a note", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("a note", encoding="utf-8")
     images = image_set(tmp_path)
     assert images.labels.tolist() == [0, 1, 1]
     assert images.pixels.shape == (3, 3, 8, 8)
     assert images.pixels[:, :, 0, 0].tolist() == [[250, 0, 0], [0, 0, 250], [10, 0, 250]]
     assert images.mean.tolist() == pytest.approx(images.pixels.float().mean((0, 2, 3)).div(255).tolist(), abs=1e-5)
-    assert "1 .txt" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() == f"Left out of {tmp_path}: 1 .txt, 1 .txt outside of class folders"
 
 
 def test_pictures_of_any_size_are_brought_to_one_and_turned_upright(tmp_path):
@@ -111,6 +112,7 @@ def test_a_folder_that_does_not_hold_what_it_should_is_named(tmp_path):
     refused("one folder of pictures only, cat: give .*cat")
     _pictures(tmp_path / "dog", (1, 2, 3), size=(8, 9))
     refused(r"dog.*0\.png is 8 x 9 pixels and the first image is 8 x 8: .* size=8, ")
+    refused(r"more memory than there is: use a smaller size=N", size=3_000_000)
     refused("size is -1", size=-1)
     refused("size is '8'", size="8")
     refused("labels are for a tensor", labels=torch.zeros(2).long())

@@ -14,11 +14,13 @@ from cleanai.measure.significance import compare_paired, pack, unpack
 from cleanai.report.comparison import compare_methods
 from cleanai.report.comparison_pdf import pdf_comparison
 from cleanai.report.comparison_text import comparison_csv, comparison_text, side_by_side_rows
+from cleanai.report.run_pdf import pdf_report
+from cleanai.report.run_text import comparison_table
 from cleanai.runtime.checkpoints import read_record, write_record
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.methods import METHODS, Method
 from cleanai.runtime.scenario import Scenario
-from tests.helpers import COMPARE, SCRIPTS, fails, pdf_pages, preparation_record, run, run_record
+from tests.helpers import COMPARE, SCRIPTS, fails, pdf_pages, pdf_text, preparation_record, run, run_record
 
 SCRIPT_OF = dict(zip(("", "Coverage", "Wanda"), SCRIPTS))
 TITLES = {"Coverage": "Neuron Coverage", "Wanda": "WANDA"}
@@ -178,6 +180,10 @@ def test_without_the_record_of_script_1_its_number_is_missing(records, tmp_path)
     printed = comparison_text(compared(tmp_path, records))
     assert "seed 0; test accuracy before that training: -\n" in printed
     assert f"python test_scenarios/{SCRIPTS[0]} --checkpoints-dir" in printed
+    for record in (records["Coverage"], records["Wanda"]):
+        record["prepared_with"].update(weights="mine.pth", weights_sha256="0" * 64)
+    printed = comparison_text(compared(tmp_path, records))
+    assert "--weights mine.pth" in printed and printed.endswith(" (with the folder of mine.pth)")
 
 
 def test_a_network_that_was_prepared_with_other_settings_has_no_accuracy_before(records, tmp_path):
@@ -299,6 +305,18 @@ def test_few_images_make_no_method_equal_or_unharmed(records, tmp_path):
             sentence
         )
         assert not re.search("kept|equal", sentence)
+
+
+def test_where_the_test_and_the_interval_seem_to_contradict_each_other_a_sentence_says_why(records, tmp_path):
+    images = np.flatnonzero(heldout(records["Wanda"]))
+    for stage, wrong in (("original", images[:10]), ("fine_tuned", images[10:31])):
+        flags = np.ones(10_000, dtype=bool)
+        flags[wrong] = False
+        records["Wanda"]["models"][stage]["correct_bits"] = pack(flags)
+    texts = comparison_text(compared(tmp_path, records)), comparison_table(records["Wanda"])
+    for text in (*texts, pdf_text(pdf_report(records["Wanda"]))):
+        assert " ".join(text.split()).count("test is stricter than the interval") == 1, text
+    assert "test is stricter" not in comparison_table(records["Coverage"])
 
 
 def test_help_holds_the_two_options_that_it_takes():

@@ -179,6 +179,9 @@ def test_small_networks_are_shown_in_smaller_units():
     assert rows["Size (KB)"] == ["31.95", "25.60", "25.60"]
     assert rows["Avg Inference Time (µs)"] == ["31.20", "25.00", "25.00"]
     assert "Throughput, batch 16 (images/s)" in rows
+    for model, throughput in zip(record["models"].values(), (9.0, 10.5, 0.42)):
+        model["throughput_images_per_s"] = throughput
+    assert dict(comparison_rows(record))["Throughput, batch 16 (images/s)"] == ["9.00", "10.50", "0.42"]
 
 
 def test_speed_up_is_of_medians_in_older_records_too():
