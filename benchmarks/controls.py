@@ -29,7 +29,7 @@ from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.wording import method_title
-from cleanai.runtime.checkpoints import read_record
+from cleanai.runtime.checkpoints import load_checkpoint, read_record
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import Scenario
@@ -39,7 +39,10 @@ AT_RANDOM = "Pruned at random"
 SETTINGS = {"dataset": "CIFAR10", "precision": "auto"}
 TRAIN_SETTINGS = ("epochs", "batch_size", "lr", "weight_decay", "seed")  # of TrainSettings
 PRUNE_SETTINGS = ("ratio", "macs_ratio", "steps", "round_to", "repair", "batch_size")  # of PruneSettings
-SAME = (*TRAIN_SETTINGS, *PRUNE_SETTINGS, "train_samples", "calibration_batches", "calibrate_on", "distil")
+SAME = (
+    *(*TRAIN_SETTINGS, *PRUNE_SETTINGS, "keep_layers", "repair_batches", "train_samples"),
+    *("calibration_batches", "calibrate_on", "distil"),
+)
 
 
 def main() -> None:
@@ -56,8 +59,9 @@ def main() -> None:
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)
-    read_as = ImageSettings.of(next(iter(records.values()))["prepared_with"])
-    images = load_images(args.dataset, args.data_dir, read_as)
+    prepared = load_checkpoint(scenarios["Coverage"].fine_tuned)
+    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"]))
+    images = images.normalised_by(prepared["mean"], prepared["std"])
     images = images.with_train_samples(config["train_samples"], settings.seed).to(compute.device)
     split = Split.of(images, config)
 
@@ -110,7 +114,7 @@ def pruned_at_random(
     most = most_images(network, next(images.train.batches(1))[0])
     repair = images.repair_sample(min(most, config["repair_batches"] * config["batch_size"]), config["seed"])
     kept = config.get("keep_layers") or ()
-    settings = PruneSettings(**{name: config[name] for name in PRUNE_SETTINGS}, keep_layers=kept)
+    settings = PruneSettings(**{name: config[name] for name in PRUNE_SETTINGS}, nearest=True, keep_layers=kept)
     chosen, used = tp.importance.RandomImportance(), PruneImages(split.calibration, repair)
     prune_to_budget(network, chosen, used, compute, settings)
     return network

@@ -66,7 +66,8 @@ def main() -> None:
     print(compute.description)
     prepared = load_checkpoint(scenario.fine_tuned)
     original = compute.place(network_from(prepared, scenario.fine_tuned))
-    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"])).to(compute.device)
+    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"]))
+    images = images.normalised_by(prepared["mean"], prepared["std"]).to(compute.device)
     pool, heldout = images.calibration_split(len(images.test), seed=0)  # a quarter of the test images is held out
     test = images.test.select(heldout).sample(args.test_samples, seed=0)
     before = evaluate(original, test, compute).accuracy_percent

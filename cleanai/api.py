@@ -19,7 +19,7 @@ from cleanai.pruning.layers import find_layers
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.pruning.settings import PruneImages, PruneSettings
-from cleanai.pruning.tracing import unwrapped
+from cleanai.pruning.tracing import require_plain, unwrapped
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.search import FURTHEST, Limits, prune_to_limits
 from cleanai.sweep import Sweep, measure_network, sweep_criteria
@@ -29,7 +29,10 @@ LEAST_IMAGES = 16
 REPAIR_IMAGES = 1024
 _NEED_GRADIENTS = tuple(
     getattr(tp.importance, name)
-    for name in ("TaylorImportance", "HessianImportance", "GroupTaylorImportance", "GroupHessianImportance")
+    for name in (
+        *("TaylorImportance", "HessianImportance", "OBDCImportance"),
+        *("GroupTaylorImportance", "GroupHessianImportance"),
+    )
     if hasattr(tp.importance, name)
 )
 
@@ -128,6 +131,7 @@ class _Workplace:
         others = sorted({str(tensor.dtype)[6:] for tensor in tensors if tensor.is_floating_point()} - {"float32"})
         if others:
             raise UserError(f"The network has {others[0]} weights, and must have float32 ones: give network.float()")
+        require_plain(unwrapped(network))
         if not has_finite_weights(network) or any(bool(tensor.isnan().any()) for tensor in tensors):
             raise UserError("The network holds weights that are not finite: its training has failed")
         self.home = next(iter(devices))

@@ -151,6 +151,8 @@ def test_images_and_networks_that_do_not_fit_are_one_sentence(network, images):
     with torch.no_grad():
         spoilt.last.bias[0] = float("nan")
     two = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3).to("meta"))
+    with torch.inference_mode():
+        made_in_inference_mode = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 2))
     for wrong_network, wrong_images, expected in (
         (network, small, r"Views does not take images of 3 x 8 x 8 \(.*image_set\(folder, size=N\)"),
         (network, few, "images holds 5 images: give at least 16"),
@@ -158,6 +160,9 @@ def test_images_and_networks_that_do_not_fit_are_one_sentence(network, images):
         (copy.deepcopy(network).half(), images, "has float16 weights"),
         (spoilt, images, "not finite"),
         (two, images, "on cpu, meta"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2)), images, "2 is lazy"),
+        (made_in_inference_mode, images, r"within torch\.inference_mode\(\): make it outside"),
+        (torch.jit.ScriptModule(), images, "before it is scripted"),
     ):
         with pytest.raises(UserError, match=expected) as error:
             prune(wrong_network, wrong_images)

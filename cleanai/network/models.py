@@ -18,7 +18,7 @@ from cleanai.runtime.checkpoints import load_checkpoint, not_numbers, save_check
 from cleanai.runtime.distributed import first_before_others
 from cleanai.runtime.download import FAILURES, download
 from cleanai.runtime.files import file_digest, one_line, remove_leftovers
-from cleanai.runtime.memory import is_shortage
+from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.scenario import is_from_file, network_source
 
 
@@ -132,23 +132,23 @@ def network_from(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     network = build(model, classes).eval()
     for name, tensor in network.state_dict().items():
         stored = state.get(name)
-        kind = (torch.Tensor, tensor.ndim, tensor.is_floating_point())
-        if not isinstance(stored, torch.Tensor) or (kind[1], kind[2]) != (stored.ndim, stored.is_floating_point()):
+        kind = tensor.ndim, tensor.is_floating_point()
+        if not isinstance(stored, torch.Tensor) or kind != (stored.ndim, stored.is_floating_point()):
             raise UserError(f"{path} does not hold a {model}: {name} is missing or of another kind")
     give_shapes(network, state)
     load_into(network, state, path)
     if not has_finite_weights(network):
         raise not_numbers(path)
     weight = next(network.parameters())
-    try:
-        with torch.inference_mode():  # finds layers whose shapes do not fit each other
-            outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]).to(weight.dtype))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if is_shortage(error):
-            raise
-        raise UserError(f"{path} does not hold a {model} that works: {one_line(error)}") from error
-    if outputs.shape != (1, classes):
-        raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {tuple(outputs.shape)}")
+
+    def explain(error: BaseException) -> UserError:
+        return UserError(f"{path} does not hold a {model} that works: {type(error).__name__}: {one_line(error)}")
+
+    with foreign_code(explain), torch.inference_mode():  # finds layers whose shapes do not fit each other
+        outputs = network(torch.zeros(1, 3, *checkpoint["image_size"]).to(weight.dtype))
+    shape = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if shape != (1, classes):
+        raise UserError(f"{path} does not hold a {model} of {classes} classes: its outputs are {shape}")
     return network
 
 

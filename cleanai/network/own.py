@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -37,6 +38,12 @@ def own_network(file: str, name: str, classes: int) -> nn.Module:
         raise UserError(f"{name}({classes}) of {path} returns a {type(network).__name__}, not a network (nn.Module)")
     if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         raise UserError(f"{name}({classes}) of {path} has lazy layers, without weights yet: give them their sizes")
+    others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(
+            f"{name}({classes}) of {path} has {others[0]} in its state dict, which is no tensor: remove its "
+            "get_extra_state, or let it return a tensor"
+        )
     return network
 
 

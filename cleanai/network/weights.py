@@ -59,8 +59,8 @@ def require_weights(model: str, weights: str | Path) -> None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in `path`, on the CPU: a .safetensors file, or what torch.save wrote.
 
-    It may lie under one of `_WRAPPERS`, and its names may begin with "module." or "_orig_mod.". Nothing but plain data
-    is unpickled. Raises UserError when the file is damaged or holds anything else.
+    It may lie under one of `_WRAPPERS`. Nothing but plain data is unpickled. Raises UserError when the file is damaged
+    or holds anything else.
     """
     content: Any
     how = "save the weights with torch.save(network.state_dict(), FILE), or as .safetensors"
@@ -90,17 +90,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if others or not entries:
         which = f" ({others[0]} is no tensor)" if others else ""
         raise UserError(f"{path} holds no state dict{which}, nor one under {' or '.join(_WRAPPERS)}: {how}")
-    return {_without_prefixes(str(name)): tensor for name, tensor in entries.items()}
+    return {str(name): tensor for name, tensor in entries.items()}
 
 
 def load_weights(network: nn.Module, path: Path, model: str) -> bool:
     """Load the weights in `path` into a network; return whether they include its classifier.
 
-    Of a larger kernel of the first convolution the centre is used. A classifier of another size is not loaded. Raises
+    Names may begin with "module." or "_orig_mod.". Of a larger kernel of the first convolution the centre is used. A
+    classifier of another size is not loaded. Raises
     UserError, before the network is changed, that names the first tensor that is missing, has another shape, is not in
     the network called `model`, or is not finite (a mask may hold infinities where the network has them).
     """
     given, own = read_weights(path), network.state_dict()
+    while not given.keys() & own.keys() and any(name.startswith(_PREFIXES) for name in given):
+        given = {_without_prefix(name): tensor for name, tensor in given.items()}
     _add_shared(given, own)
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     if not layers:
@@ -140,10 +143,8 @@ def _add_shared(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) ->
                 given[name] = given[other]
 
 
-def _without_prefixes(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
-    return name
+def _without_prefix(name: str) -> str:
+    return name.split(".", 1)[1] if name.startswith(_PREFIXES) else name
 
 
 def _centre(kernel: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

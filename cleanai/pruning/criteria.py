@@ -13,7 +13,7 @@ from torch import nn
 
 from cleanai.network.activations import MOMENTS, ChannelStatistics, divide
 from cleanai.pruning.groups import READ_FUNCTIONS, Group
-from cleanai.pruning.least_squares import greedy_order
+from cleanai.pruning.least_squares import greedy_order, kernels
 
 
 class ActivationImportance(tp.importance.Importance):
@@ -80,7 +80,9 @@ class WandaImportance(ActivationImportance):
 
     def scores(self, layer: nn.Module, statistics: ChannelStatistics) -> torch.Tensor:
         """The share (C,) of each input channel in the layer's outputs, averaged over the outputs."""
-        products = weight_sums(layer) * statistics.second_moment.sqrt().reshape(getattr(layer, "groups", 1), 1, -1)
+        products = kernels(layer, 1).abs().sum(3).cpu() * statistics.second_moment.sqrt().reshape(
+            getattr(layer, "groups", 1), 1, -1
+        )
         return divide(products, products.sum(-1, keepdim=True)).mean(1).flatten() / products.shape[0]
 
 
@@ -104,16 +106,6 @@ class OBSImportance(tp.importance.Importance):
             [known.spreads[layer] for layer in layers],
         )
         return order.argsort().double().repeat(known.channels // known.units)
-
-
-def weight_sums(layer: nn.Module) -> torch.Tensor:
-    """abs(W) summed over kernel positions: (groups, outputs per group, inputs per group) float64."""
-    weight = layer.weight.detach().double().cpu().abs()
-    groups = getattr(layer, "groups", 1)
-    if isinstance(layer, nn.Linear):
-        return weight[None]
-    sums = weight.flatten(2).sum(2).unflatten(0, (groups, -1))
-    return sums.transpose(1, 2) if layer.transposed else sums  # a transposed one has (inputs, outputs per group)
 
 
 # By the names in `runtime/methods.py`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cleanai import UserError
 from cleanai.network.trial import copied
+from cleanai.pruning.layers import sharing_modules
 from cleanai.pruning.tracing import LIMIT_S, all_groups, prepared, refused, run_network, tensors_in, trace
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.progress import say
@@ -81,8 +81,7 @@ def _find(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph
     """As `find_groups`, with the reason in place of each group that cannot be removed."""
     graph = trace(network, example)
     names = {module: name for name, module in network.named_modules()}
-    holders = Counter(id(weight) for module in names for weight in module._parameters.values() if weight is not None)
-    shared = {module for module in names if any(holders[id(weight)] > 1 for weight in module._parameters.values())}
+    shared = sharing_modules(network)
     found = []
     for item in all_groups(graph):
         reason = _UNCLEAR if item is None else _obstacle(item, names, shared)
@@ -109,7 +108,7 @@ def _group(item: tp.dependency.Group, names: dict[nn.Module, str]) -> Group | No
     """A group of torch_pruning as ours, or None when its indices do not fit its layers."""
     channels, parallels = len(item[0].idxs), {_parallel(part.dep.layer) for part in item}
     parallel = max(parallels)
-    if channels == parallel or channels % parallel or any(parallel % other for other in parallels):
+    if channels % parallel or any(parallel % other for other in parallels):
         return None
     units = channels // parallel
     consumers: dict[nn.Module, torch.Tensor] = {}
@@ -160,7 +159,7 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
     groups are found by trying, on copies in double precision, and are left alone. Raises UserError, with the reason,
     when no group remains.
     """
-    found = _find(network, example)[1]
+    found = [_UNCLEAR if _is_one_unit(each) else each for each in _find(network, example)[1]]
     names = [group.name for group in found if isinstance(group, Group)]
     with prepared(network):
         trials = _Trials(network, example)
@@ -172,6 +171,10 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
         reasons += ["code that needs all of them"] if names else []
         raise refused(network, f"it has no channels that can be removed; they reach {', '.join(reasons)}")
     return sound
+
+
+def _is_one_unit(found: Group | str) -> bool:
+    return isinstance(found, Group) and found.units == 1
 
 
 class _Trials:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from typing import Any, Sequence
 
 from torch import nn
@@ -25,6 +26,16 @@ def find_layers(network: nn.Module, patterns: Sequence[str]) -> set[str]:
             raise UserError(f"No layer matches {pattern!r}, which is to be kept; the layers are {some}")
         found |= matching
     return found
+
+
+def sharing_modules(network: nn.Module) -> set[nn.Module]:
+    """The modules that hold a parameter which another one holds, too."""
+    holders = Counter(id(weight) for module in network.modules() for weight in _own_parameters(module))
+    return {module for module in network.modules() if any(holders[id(x)] > 1 for x in _own_parameters(module))}
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def layer_widths(network: nn.Module) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from cleanai.data.images import ImageSet
 from cleanai.network.activations import CONSUMERS, removed_afterwards
+from cleanai.pruning.layers import sharing_modules
 from cleanai.pruning.least_squares import fit
 from cleanai.pruning.repair import new_averages
 from cleanai.pruning.rows import input_windows, output_rows
@@ -53,8 +54,8 @@ def refit(
     `kept` are, by layer, the outputs of the original network that the pruned one still has. The same images as in
     `original_outputs` pass the network in one batch, on which batch norm is recalibrated. A layer's weights are
     refitted together with the scale and the shift of the batch norm behind it. Layers that run more than once, those
-    of a kind that `input_windows` does not know, and those with the same inputs as in the original network stay as they
-    are. `original` is emptied as it is used.
+    that share weights, those of a kind that `input_windows` does not know, and those with the same inputs as in the
+    original network stay as they are. `original` is emptied as it is used.
     """
     pruned = _Pruned(network, original, kept, title)
     with pruned.refitting(), new_averages(network), torch.no_grad(), compute.autocast():
@@ -140,9 +141,10 @@ class OriginalOutputs:
                 hooks.append(module.register_forward_hook(self._after_norm))
         with removed_afterwards(hooks), _Additions(self._before_addition, self._after_addition):
             yield
-        twice = {self._names[module] for module, count in self._runs.items() if count > 1}
+        more_than_once = {module for module, count in self._runs.items() if count > 1} | sharing_modules(network)
+        several = {self._names[module] for module in more_than_once}
         for name in list(self.outputs):
-            if name in twice or self.norms.get(name) in twice:
+            if name in several or self.norms.get(name) in several:
                 del self.outputs[name]
         self.ends = {number: name for number, name in self.ends.items() if name in self.outputs}
         self.sums = {name: self.sums[name] for name in self.ends.values()}

@@ -68,8 +68,8 @@ def window_rows(
 
     At most `WINDOWS` rows for that many `images`, at least one per image, from seeded random output positions, the
     same in every image. Columns are in the order of the layer's weights, without those of the inputs `removed` (R,)
-    from each group. None for layers other than convolutions, kernels of 1x1, padding by name or with other values than
-    zero, and when there are fewer than `ROWS_PER_WEIGHT` rows for each weight of an output.
+    from each group. None for layers that are not plain convolutions (`_has_windows`), kernels of 1x1, and when there
+    are fewer than `ROWS_PER_WEIGHT` rows for each weight of an output.
     """
     if not _has_windows(layer) or layer.kernel_size == (1, 1):
         return None
@@ -84,9 +84,9 @@ def window_rows(
 def input_windows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.Tensor | None:
     """The inputs of each of the `output_rows` of `layer`: (groups, rows, C * kernel positions).
 
-    None for layers other than convolutions in two dimensions, padded with zeros, and linear layers.
+    None for layers other than plain convolutions (`_has_windows`) and plain linear layers.
     """
-    if isinstance(layer, nn.Linear):
+    if type(layer).forward is nn.Linear.forward:
         return output_rows(layer, values, images)[None]
     if not _has_windows(layer):
         return None
@@ -108,7 +108,12 @@ def output_rows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.Te
 
 
 def _has_windows(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    """Whether a layer is a convolution in two dimensions that pads with zeros, by numbers.
+
+    Subclasses may pad within their forward pass, or compute with other weights than their own.
+    """
+    plain = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
+    return plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _output_sides(layer: nn.Conv2d, values: torch.Tensor) -> list[int]:

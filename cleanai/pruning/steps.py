@@ -56,7 +56,7 @@ class Pruning:
         _, groups = self._groups(network)
         costs = Costs(network, groups, self.example)
         self.before = costs.now
-        self.least = {group.name: max(1, round(LEAST_KEPT * group.channels)) for group in groups}
+        self.least = {group.name: -(-group.channels // LEAST_KEPT) for group in groups}
         kept = find_layers(network, settings.keep_layers)
         names = {layer: name for name, layer in network.named_modules()}
         for group in groups:
@@ -89,9 +89,7 @@ class Pruning:
         grams = {layer: gram_matrix(rows) for layer, rows in targets.inputs.items()}
         if isinstance(self.importance, OBSImportance):
             self.importance.groups, self.importance.grams = groups, grams
-        orders = [
-            self.importance(group.item).cpu().reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups
-        ]
+        orders = [self._scores(group).reshape(-1, group.units).sum(0).argsort(stable=True) for group in groups]
         losses = [group_losses(group, order, grams) for group, order in zip(groups, orders)]
         self.sensitivity = self.sensitivity or sensitivity_of(self.network, groups, losses)
         removed = self._choose(groups, costs, losses, fraction)
@@ -133,6 +131,14 @@ class Pruning:
         else:  # without a full repair, or where a layer runs more than once
             inputs, outputs = record_rows(self.network, spreads, self.step_images, self.compute, f"{title}, rows")
         return Targets({layer: inputs[layer] for layer in spreads}, outputs)
+
+    def _scores(self, group: Group) -> torch.Tensor:
+        """The scores (C,) of a group's channels. UserError when an importance of torch_pruning has none for it."""
+        scores = self.importance(group.item)
+        if scores is None or scores.shape != (group.channels,):
+            name = type(self.importance).__name__
+            raise UserError(f"{name} gives no scores for the channels of {group.name}: use another criterion")
+        return scores.cpu()
 
     def _choose(self, groups: list[Group], costs: Costs, losses: list[torch.Tensor], fraction: float) -> torch.Tensor:
         """The number of channels (G,) that each group loses in this step.

@@ -114,7 +114,7 @@ def require_working(network: nn.Module, example: torch.Tensor) -> None:
         first, second = (tensors_in(run_network(network, example)) for _ in range(2))
     if not all(bool(outputs.isfinite().all()) for outputs in first):
         raise not_finite()
-    if any(bool((one - two).abs().gt(1e-2 * one.abs().max()).any()) for one, two in zip(first, second) if len(one)):
+    if any(bool((one - two).abs().gt(1e-2 * one.abs().max()).any()) for one, two in zip(first, second) if one.numel()):
         raise refused(
             network,
             "two passes of the same images differ in evaluation mode: is there a dropout that is always active "

@@ -13,9 +13,10 @@ from torch import nn
 from cleanai.network.activations import CONSUMERS, removed_afterwards
 from cleanai.pruning.groups import Group
 
-LEAST_KEPT = 0.1  # share of a group's original channels
+LEAST_KEPT = 10  # a group keeps at least one in so many of its channels
 PARAMETERS_TOLERANCE = 0.001  # on the share of parameters removed, to both sides
 MACS_TOLERANCE = 0.005  # on the share of multiply-accumulates removed, upwards only
+_ROUNDING = 1e-9  # of that share, which is calculated
 _MOVES = 4096  # random changes that the search tries in each round
 _ROUNDS, _ROUNDS_MISSED = 30, 200  # rounds without progress that end it: when the budget is met, and when not
 
@@ -100,9 +101,10 @@ class Budget:
     @staticmethod
     def removing(before: torch.Tensor, parameters: float | None, macs: float | None) -> Budget:
         """The budget that removes these shares of the costs `before`; None leaves that cost free."""
-        requested = torch.tensor([math.nan if share is None else share for share in (parameters, macs)]).double()
-        less = torch.tensor([PARAMETERS_TOLERANCE, 0.0]).double()
-        more = torch.tensor([PARAMETERS_TOLERANCE, MACS_TOLERANCE]).double()
+        asked = [math.nan if share is None else share for share in (parameters, macs)]
+        requested = torch.tensor(asked, dtype=torch.float64)
+        less = torch.tensor([PARAMETERS_TOLERANCE, _ROUNDING], dtype=torch.float64)
+        more = torch.tensor([PARAMETERS_TOLERANCE, MACS_TOLERANCE], dtype=torch.float64)
         low = (before * (1 - requested - more)).nan_to_num(nan=-math.inf)
         high = (before * (1 - requested + less)).nan_to_num(nan=math.inf)
         return Budget(low, high)

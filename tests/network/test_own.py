@@ -45,6 +45,11 @@ def test_a_relative_path_starts_from_the_project(tmp_path, monkeypatch):
         ("def Net(classes):\n    return classes\n", "returns a int, not a network"),
         ("import torch\n\n\ndef Net(classes):\n    return torch.nn.Linear\n", "returns a type, not a network"),
         ("from torch import nn\n\n\ndef Net(classes):\n    return nn.LazyLinear(classes)\n", r"Net\(10\).*lazy layers"),
+        (
+            "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self, classes):\n"
+            "        super().__init__(3, classes)\n\n    def get_extra_state(self):\n        return {}\n",
+            r"has _extra_state in its state dict, which is no tensor",
+        ),
     ],
 )
 def test_a_file_that_gives_no_network_is_named_with_the_line_that_fails(text, expected, tmp_path):
@@ -83,6 +88,23 @@ def test_a_checkpoint_never_chooses_the_code_that_runs(tmp_path):
         load_network(tmp_path / "c.pth", "tests/other.py:Net")
     loaded = load_network(tmp_path / "c.pth", SMALL_MODEL)
     assert torch.equal(loaded.classifier.weight, network.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [("{}['x']", "works: KeyError: 'x'"), ("(x, x)", "its outputs are tuple")],
+)
+def test_a_file_that_was_edited_since_the_network_was_saved_is_one_sentence(returned, expected, tmp_path):
+    text = "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self, classes):\n"
+    text += "        super().__init__()\n        self.last = nn.Linear(3, classes)\n\n    def forward(self, x):\n"
+    own = tmp_path / "own.py"
+    own.write_text(f"{text}        return self.last(x.mean((2, 3)))\n", encoding="utf-8")
+    save_network(tmp_path / "c.pth", build(f"{own}:Net", 4), {**FACTS, "model": f"{own}:Net"})
+    assert load_network(tmp_path / "c.pth", f"{own}:Net").last.out_features == 4
+    own.write_text(f"{text}        return {returned}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=expected) as error:
+        load_network(tmp_path / "c.pth", f"{own}:Net")
+    assert "\n" not in str(error.value)
 
 
 def test_a_shortage_of_memory_is_no_fault_of_the_file(tmp_path):

@@ -111,6 +111,19 @@ def test_a_mask_holds_infinities_where_the_network_has_them(tmp_path):
         load_weights(network, tmp_path / "0.pth", "Masked")
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_a_part_of_a_network_may_be_called_module(prefix, tmp_path):
+    def made():
+        network = nn.Module()
+        network.module, network.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+        return network
+
+    one, other = made(), made()
+    torch.save({f"{prefix}{name}": tensor for name, tensor in one.state_dict().items()}, tmp_path / "w.pth")
+    assert load_weights(other, tmp_path / "w.pth", "Net")
+    assert torch.equal(other.module.weight, one.module.weight)
+
+
 def test_a_weight_that_layers_share_is_in_the_file_once(tmp_path):
     def tied():
         network = nn.Sequential(

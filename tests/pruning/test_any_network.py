@@ -47,6 +47,11 @@ class Rows(nn.Module):
         return (y[0] if isinstance(y, tuple) else y).transpose(1, 2)
 
 
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -131,6 +136,8 @@ PRUNED = {
     "a layer of one channel": lambda: Net(
         middle=nn.Sequential(nn.Conv2d(24, 24, 1), nn.PReLU(), nn.Conv2d(24, 1, 1), nn.Conv2d(1, 24, 1))
     ),
+    "a convolution that pads by itself": lambda: Net(middle=Padded(24, 24, 3)),
+    "a scalar beside logits": lambda: Own(lambda net, x: (Net.forward(net, x), x.mean())),
     "attention": lambda: Net(middle=Rows(Attention())),
     "an LSTM": lambda: Net(middle=nn.Sequential(nn.AvgPool2d(4), Rows(nn.LSTM(24, 24, batch_first=True)))),
     "a layer used twice": lambda: Own(lambda net, x: net.head(net.c(net.b(net.b(net.a(x)))).mean((2, 3)))),

@@ -251,8 +251,27 @@ def test_every_group_keeps_a_tenth_of_its_channels(network, digits, compute):
     pruning, _ = _prune(network, digits, compute, ratio=0.9, steps=1, repair="none")
     for layer in pruning["layers"]:
         if layer["name"] != "fc":
-            assert layer["channels_after"] >= max(8, layer["channels_before"] // 10)
+            assert layer["channels_after"] >= max(8, layer["channels_before"] / 10)
     assert pruning["steps"][-1]["parameters_removed_percent"] == pytest.approx(90, abs=0.1)
+
+
+def test_a_group_may_come_down_to_one_channel_before_the_last_step(digits, compute):
+    layers = nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    network = nn.Sequential(*layers)
+    report, _ = _prune(network, digits, compute, ratio=None, macs_ratio=0.5, steps=3, round_to=[1])
+    assert [layer["channels_after"] for layer in report["layers"]] == [1, 16]
+
+
+def test_fourteen_channels_keep_two(digits, compute):
+    network = nn.Sequential(nn.Conv2d(3, 14, 1), nn.ReLU(), nn.Conv2d(14, 10, 16), nn.Flatten())
+    with pytest.raises(BudgetMissed, match=r"nearest is 85\.\d\d% of the parameters"):
+        _prune(network, digits, compute, ratio=0.95, macs_ratio=None, steps=1, round_to=[1])
+
+
+def test_an_importance_without_scores_is_refused(digits, compute):
+    network = nn.Sequential(nn.Conv2d(3, 14, 1), nn.ReLU(), nn.Conv2d(14, 10, 16), nn.Flatten())
+    with pytest.raises(UserError, match="BNScaleImportance gives no scores for the channels of 0: "):
+        _prune(network, digits, compute, tp.importance.BNScaleImportance(), ratio=0.2856, macs_ratio=None)
 
 
 def test_a_network_without_channels_to_remove_is_refused(digits, compute):

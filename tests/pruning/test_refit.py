@@ -62,10 +62,11 @@ def _pruned(original, removed):
 def _streams(network, images):
     """The streams behind each block, with batch norm by these images: the way in which the repair runs."""
     network, outputs = copy.deepcopy(network).train(), []
-    hooks = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in network.blocks]
+    for block in network.blocks:
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
     with torch.no_grad():
         outputs.append(network(next(images.batches(len(images)))[0]))
-    assert hooks
+    assert len(outputs) == 4
     return [output.double() for output in outputs]
 
 
@@ -135,6 +136,36 @@ def test_a_layer_that_runs_twice_stays_and_its_sum_as_well(images, compute):
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert not {"blocks.0.conv1.weight", "blocks.0.conv2.weight"} & changed
     assert {"blocks.1.conv2.weight", "blocks.2.conv1.weight", "classifier.weight"} <= changed
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads by itself, as those with "same" padding of other libraries."""
+
+    def forward(self, images):
+        return super().forward(F.pad(images, (0, 2, 0, 2)))
+
+
+@pytest.mark.parametrize("kind", ["shared weights", "a forward pass of its own"])
+def test_a_layer_that_is_not_a_product_with_weights_of_its_own_stays(kind, images, compute):
+    class Two(Residual):
+        def __init__(self):
+            super().__init__(norm=False)
+            make = nn.Conv2d if kind == "shared weights" else Padded
+            self.one, self.other = make(8, 8, 3), make(8, 8, 3)
+            if kind == "shared weights":
+                self.other.weight = self.one.weight
+
+        def forward(self, images):
+            return self.classifier(self.other(self.one(self.blocks(self.stem(images)))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    original = Two().eval()
+    network, kept = _pruned(original, 4)
+    before = copy.deepcopy(network.state_dict())
+    refit(network, original_outputs(original, images, compute), kept, images, compute, "")
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not {"one.weight", "one.bias", "other.weight", "other.bias"} & changed
+    assert {"blocks.1.conv2.weight", "classifier.weight"} <= changed
 
 
 def test_an_unpruned_network_and_the_layers_before_the_first_cut_stay(images, compute):

@@ -82,6 +82,13 @@ def test_a_budget_is_a_range_around_the_requested_shares():
     assert (free.low[0], free.high[0]) == (-math.inf, math.inf)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8])
+def test_costs_that_are_exactly_those_requested_miss_nothing(share):
+    before = torch.tensor([1000.0, 130_000_000_000.0], dtype=torch.float64)
+    cost = (before * round(10 * (1 - share)) / 10).round()
+    assert Budget.removing(before, None, share).missed(cost, before) == 0
+
+
 def test_with_many_groups_the_chosen_cuts_are_near_the_optimum():
     """Sixty groups, whose costs are linear in the removed channels and whose losses are quadratic: a known optimum."""
     shares = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)).double()
