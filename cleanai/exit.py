@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, NoReturn, TextIO
+from typing import Any, Callable, Iterator, NoReturn, TextIO
 
 from cleanai import UserError
 from cleanai.runtime import distributed
@@ -33,31 +33,42 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     handlers of signals are those of before again.
     """
     _prepare_streams()
+    with _handling_signals():
+        status, message = _run(main)
+        problem = _flush("stdout")
+        if isinstance(problem, BrokenPipeError):  # the reader went away, as `| head` does
+            status = status or 128 + _PIPE
+        elif problem and not status:
+            status, message = 1, f"Error: the output cannot be written ({problem.strerror})"
+        if status and distributed.rank() > 0:
+            time.sleep(5)  # torchrun ends all processes as soon as one fails: the first one must say why
+        if message and distributed.rank() == 0:
+            with contextlib.suppress(OSError):
+                print(message, file=sys.stderr)
+        _flush("stderr")
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def _handling_signals() -> Iterator[None]:
+    """A context in which Ctrl-C and SIGTERM raise KeyboardInterrupt; afterwards, too, but not in a session."""
     _received.clear()
+    if threading.current_thread() is not threading.main_thread():  # there Python allows no signal handlers
+        yield
+        return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
-        for number in _SIGNALS:
-            # Of several processes only the first has files to leave in order. The others wait for one another in C++,
-            # where no handler runs: when one fails, torchrun's SIGTERM must end them at once.
-            waits = number == signal.SIGTERM and distributed.rank() > 0
-            if before[number] is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
-                signal.signal(number, _stop)
-    status, message = _run(main)
-    problem = _flush("stdout")
-    if isinstance(problem, BrokenPipeError):  # the reader went away, as `| head` does
-        status = status or 128 + _PIPE
-    elif problem and not status:
-        status, message = 1, f"Error: the output cannot be written ({problem.strerror})"
-    if status and distributed.rank() > 0:
-        time.sleep(5)  # torchrun ends all processes as soon as one fails: the first one must say why
-    if message and distributed.rank() == 0:
-        with contextlib.suppress(OSError):
-            print(message, file=sys.stderr)
-    _flush("stderr")
-    if hasattr(sys, "ps1") and threading.current_thread() is threading.main_thread():  # the session goes on
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    sys.exit(status)
+    for number in _SIGNALS:
+        # Of several processes only the first has files to leave in order. The others wait for one another in C++, where
+        # no handler runs: when one fails, torchrun's SIGTERM must end them at once.
+        waits = number == signal.SIGTERM and distributed.rank() > 0
+        if before[number] is not signal.SIG_IGN and not waits:  # ignored, as in the background of a shell
+            signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        if hasattr(sys, "ps1") or sys.flags.interactive:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(main: Callable[[], None]) -> tuple[int, str]:
@@ -92,7 +103,10 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
 
 def _require_own_package(main: Callable[[], None]) -> None:
     """UserError when a project's script runs with the package of another project, as in a copy with its .venv."""
-    own = Path(main.__code__.co_filename).resolve().parent.parent
+    file = Path(main.__code__.co_filename)
+    if not file.is_file():  # a cell of a notebook
+        return
+    own = file.resolve().parent.parent
     two_projects = (own / "cleanai").is_dir() and SCRIPTS_DIR.is_dir()  # neither a script alone nor a mere package
     if two_projects and not own.samefile(PROJECT):
         raise UserError(

@@ -89,20 +89,22 @@ import signal, sys
 from cleanai import UserError
 from cleanai.exit import run_script
 sys.ps1 = ">>> "
+def handlers(): return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 def interrupted(): signal.raise_signal(signal.SIGINT)
 def wrong(): raise UserError("what to do")
-for main in (interrupted, wrong, lambda: None):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def bug(): raise ValueError
+for main in (interrupted, wrong, bug, lambda: None):
+    before = handlers()
     try:
         run_script(main)
-    except SystemExit as ending:
-        print(ending.code, (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before)
+    except (SystemExit, ValueError) as ending:
+        print(getattr(ending, "code", None), handlers() == before)
 """
 
 
 def test_a_session_goes_on_after_a_script_as_before_it():
     result = subprocess.run([sys.executable, "-c", _SESSION], capture_output=True, encoding="utf-8")
-    assert result.stdout.splitlines() == ["130 True", "1 True", "0 True"], result.stderr
+    assert result.stdout.splitlines() == ["130 True", "1 True", "None True", "0 True"], result.stderr
     assert "Error: what to do" in result.stderr
 
 

@@ -101,14 +101,14 @@ def _time_batches(
 ) -> tuple[dict[str, Times], int]:
     """Times of a batch of `size` images per network, and that size: it is halved while memory does not suffice."""
     while True:
-        batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
         try:
+            batch = next(images.select(torch.arange(size) % len(images)).batches(size))[0].to(dtype)
             times = time_in_turns(_passes(networks, batch), THROUGHPUT_TURNS, 1, compute, f"Timing batches of {size}")
             return times, size
         except (MemoryError, RuntimeError) as error:
             if size == 1 or not is_shortage(error):
                 raise
-        size //= 2
+        batch, size = None, size // 2
         torch.cuda.empty_cache()
 
 

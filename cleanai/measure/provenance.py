@@ -105,12 +105,12 @@ def at_chance_level(percents: dict[str, float], original_percent: float, images:
     guessing = int(images.test.labels.cpu().bincount().max()) / len(images.test)
     above_guessing = max(0.0, original_percent / 100 - guessing)
     noise = 3 * math.sqrt(guessing * (1 - guessing) / len(images.test))
-    limit_percent = 100 * (guessing + max(above_guessing / 10, noise))
+    limit_percent = min(100, 100 * (guessing + max(above_guessing / 10, noise)))
     return [
         f"{name} is hardly better than guessing: {percent:.2f}% accuracy on {len(images.test):,} test images, and "
         f"the most frequent of the {len(images.classes)} classes alone gives {100 * guessing:.2f}%"
         for name, percent in percents.items()
-        if percent <= limit_percent
+        if percent < limit_percent
     ]
 
 

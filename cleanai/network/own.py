@@ -38,12 +38,15 @@ def own_network(file: str, name: str, classes: int) -> nn.Module:
         raise UserError(f"{name}({classes}) of {path} returns a {type(network).__name__}, not a network (nn.Module)")
     if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         raise UserError(f"{name}({classes}) of {path} has lazy layers, without weights yet: give them their sizes")
-    others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise UserError(
-            f"{name}({classes}) of {path} has {others[0]} in its state dict, which is no tensor: remove its "
-            "get_extra_state, or let it return a tensor"
-        )
+    with foreign_code(lambda error: _failed(path, f"{name}({classes}) has a state dict that fails", error)):
+        state = network.state_dict()
+        others = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise UserError(
+                f"{name}({classes}) of {path} has {others[0]} in its state dict, which is no tensor: remove its "
+                "get_extra_state"
+            )
+        network.load_state_dict(state)
     return network
 
 

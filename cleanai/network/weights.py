@@ -101,9 +101,8 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
     UserError, before the network is changed, that names the first tensor that is missing, has another shape, is not in
     the network called `model`, or is not finite (a mask may hold infinities where the network has them).
     """
-    given, own = read_weights(path), network.state_dict()
-    while not given.keys() & own.keys() and any(name.startswith(_PREFIXES) for name in given):
-        given = {_without_prefix(name): tensor for name, tensor in given.items()}
+    own = network.state_dict()
+    given = _with_fitting_names(read_weights(path), own)
     _add_shared(given, own)
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     if not layers:
@@ -143,8 +142,14 @@ def _add_shared(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) ->
                 given[name] = given[other]
 
 
-def _without_prefix(name: str) -> str:
-    return name.split(".", 1)[1] if name.startswith(_PREFIXES) else name
+def _with_fitting_names(given: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without as many prefixes of wrappers as it takes for the most names of the network."""
+    forms = [given]
+    while any(name.startswith(_PREFIXES) for name in forms[-1]):
+        forms.append(
+            {name.split(".", 1)[1] if name.startswith(_PREFIXES) else name: x for name, x in forms[-1].items()}
+        )
+    return max(forms, key=lambda form: len(form.keys() & own.keys()))
 
 
 def _centre(kernel: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -67,11 +67,11 @@ class Group:
 
 
 def find_groups(network: nn.Module, example: torch.Tensor) -> tuple[tp.DependencyGraph, list[Group]]:
-    """The dependency graph of a network, by a forward pass of `example`, and its groups that can be removed.
+    """The dependency graph of a network, by a forward pass of `example`, and the groups of which units can be removed.
 
-    Left out are channels that reach the network's outputs, channels that a layer norm or the like mixes (without some
-    of them the others would change), and those of weights that two layers share. The network stays as it was. Raises
-    UserError as `trace` and `all_groups` do.
+    A group may have come down to one unit, which stays. Left out are channels that reach the network's outputs,
+    channels that a layer norm or the like mixes (without some of them the others would change), and those of weights
+    that two layers share. The network stays as it was. Raises UserError as `trace` and `all_groups` do.
     """
     graph, found = _find(network, example)
     return graph, [group for group in found if isinstance(group, Group)]
@@ -159,7 +159,10 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
     groups are found by trying, on copies in double precision, and are left alone. Raises UserError, with the reason,
     when no group remains.
     """
-    found = [_UNCLEAR if _is_one_unit(each) else each for each in _find(network, example)[1]]
+    found = [
+        "layers of one channel" if isinstance(each, Group) and each.units == 1 else each
+        for each in _find(network, example)[1]
+    ]
     names = [group.name for group in found if isinstance(group, Group)]
     with prepared(network):
         trials = _Trials(network, example)
@@ -171,10 +174,6 @@ def sound_groups(network: nn.Module, example: torch.Tensor) -> set[str]:
         reasons += ["code that needs all of them"] if names else []
         raise refused(network, f"it has no channels that can be removed; they reach {', '.join(reasons)}")
     return sound
-
-
-def _is_one_unit(found: Group | str) -> bool:
-    return isinstance(found, Group) and found.units == 1
 
 
 class _Trials:

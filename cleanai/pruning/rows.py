@@ -86,7 +86,7 @@ def input_windows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.
 
     None for layers other than plain convolutions (`_has_windows`) and plain linear layers.
     """
-    if type(layer).forward is nn.Linear.forward:
+    if _is_plain(layer, nn.Linear):
         return output_rows(layer, values, images)[None]
     if not _has_windows(layer):
         return None
@@ -108,12 +108,14 @@ def output_rows(layer: nn.Module, values: torch.Tensor, images: int) -> torch.Te
 
 
 def _has_windows(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution in two dimensions that pads with zeros, by numbers.
-
-    Subclasses may pad within their forward pass, or compute with other weights than their own.
-    """
-    plain = type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
+    """Whether a layer is a plain convolution in two dimensions that pads with zeros, by numbers."""
+    plain = _is_plain(layer, nn.Conv2d) and type(layer)._conv_forward is nn.Conv2d._conv_forward
     return plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer runs as its `kind` does. Subclasses may pad by themselves, or compute with other weights."""
+    return type(layer).forward is kind.forward and "forward" not in vars(layer)
 
 
 def _output_sides(layer: nn.Conv2d, values: torch.Tensor) -> list[int]:

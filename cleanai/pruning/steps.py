@@ -22,7 +22,7 @@ from cleanai.pruning.repair import Targets, recalibrate, reconstruct_in_order
 from cleanai.pruning.rows import convolved, record_rows
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.pruning.tracing import prepared, refused, require_working
-from cleanai.pruning.widths import LEAST_KEPT, Budget, Costs, allowed_cuts, choose_cuts
+from cleanai.pruning.widths import Budget, Costs, allowed_cuts, choose_cuts, least_width
 from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
@@ -56,7 +56,7 @@ class Pruning:
         _, groups = self._groups(network)
         costs = Costs(network, groups, self.example)
         self.before = costs.now
-        self.least = {group.name: -(-group.channels // LEAST_KEPT) for group in groups}
+        self.least = {group.name: least_width(group) for group in groups}
         kept = find_layers(network, settings.keep_layers)
         names = {layer: name for name, layer in network.named_modules()}
         for group in groups:

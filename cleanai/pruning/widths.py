@@ -114,6 +114,15 @@ class Budget:
         return (((cost - self.high).clamp_min(0) + (self.low - cost).clamp_min(0)) / before).sum(-1)
 
 
+def least_width(group: Group) -> int:
+    """The fewest channels that a group may keep.
+
+    Those of a convolution with groups keep two in each: with one it would be a depthwise one, which is cut otherwise.
+    """
+    parallel = group.channels // group.units
+    return max(-(-group.channels // LEAST_KEPT), 2 * parallel if parallel > 1 else 1)
+
+
 def allowed_cuts(group: Group, least: int, round_to: int) -> list[int]:
     """The numbers of channels that a group can lose, from 0: the rest is a multiple of `round_to` and >= `least`."""
     parallel = group.channels // group.units

@@ -61,7 +61,7 @@ def compare_methods(scenario: Scenario) -> Record:
     flags = {method: heldout_flags(run) for method, run in runs.items()}
     prepare = scenario.of("").command(one.get("prepared_with"), data_dir, without_defaults=True)
     hint = weights_hint(one.get("prepared_with"))
-    remarks = [] if preparation else [f"The preparation has no record. To make it: {prepare}{hint}"]
+    remarks = [] if preparation else [f"The preparation has no record. To make it{hint}: {prepare}"]
     remarks += [f"{method_title(m)} has not run. To run it: {commands[m]}" for m in METHODS if m not in runs]
     comparable = _same_images(runs)
     if not comparable:

@@ -92,7 +92,7 @@ def explanation(record: Record) -> str:
             f"network classifies correctly. p: exact McNemar test on these; significant below {LEVEL:g}, each "
             "difference by itself. This covers variation between test images, not between training seeds."
         )
-    sentences += {stricter_test(difference) for difference in record["differences"]} - {""}
+    sentences += [f"{difference_name(d)}: {stricter_test(d)}" for d in record["differences"] if stricter_test(d)]
     return " ".join(sentences)
 
 

@@ -210,8 +210,10 @@ class Scenario:
         """Raise UserError when there is no network of the preparing script, which ran with these `settings`, if any."""
         if not self.fine_tuned.exists():
             require_known_dataset(self.dataset, data_dir)
-            first = self.of("").command(settings, data_dir, without_defaults=True) + weights_hint(settings)
-            raise UserError(f"Fine-tuned model not found: {self.fine_tuned}. Run first: {first}")
+            first = self.of("").command(settings, data_dir, without_defaults=True)
+            raise UserError(
+                f"Fine-tuned model not found: {self.fine_tuned}. Run first{weights_hint(settings)}: {first}"
+            )
 
     def refuse_own_file(self, path: Path) -> None:
         """Raise UserError when `path` is a file that this script writes, and deletes with --fresh."""
@@ -262,9 +264,9 @@ class Scenario:
 
 
 def weights_hint(settings: dict[str, Any] | None) -> str:
-    """What to say after a command with these settings whose `--weights` has the name of a file, not its folder."""
+    """What to say before a command with these settings whose `--weights` has the name of a file, not its folder."""
     weights = (settings or {}).get("weights", "none")
-    return "" if weights in ("imagenet", "none") else f" (with the folder of {weights})"
+    return "" if weights in ("imagenet", "none") else f", with the folder of {weights}"
 
 
 def _is_default(text: str, name: str, value: Any) -> bool:

@@ -50,6 +50,11 @@ def test_a_relative_path_starts_from_the_project(tmp_path, monkeypatch):
             "        super().__init__(3, classes)\n\n    def get_extra_state(self):\n        return {}\n",
             r"has _extra_state in its state dict, which is no tensor",
         ),
+        (
+            "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self, classes):\n"
+            "        super().__init__(3, classes)\n\n    def state_dict(self):\n        return {}[3]\n",
+            r"line 9: Net\(10\) has a state dict that fails: KeyError",
+        ),
     ],
 )
 def test_a_file_that_gives_no_network_is_named_with_the_line_that_fails(text, expected, tmp_path):

@@ -119,6 +119,8 @@ def test_a_part_of_a_network_may_be_called_module(prefix, tmp_path):
         return network
 
     one, other = made(), made()
+    for network in one, other:
+        network.module.last = nn.Linear(2, 2)
     torch.save({f"{prefix}{name}": tensor for name, tensor in one.state_dict().items()}, tmp_path / "w.pth")
     assert load_weights(other, tmp_path / "w.pth", "Net")
     assert torch.equal(other.module.weight, one.module.weight)

@@ -262,6 +262,16 @@ def test_a_group_may_come_down_to_one_channel_before_the_last_step(digits, compu
     assert [layer["channels_after"] for layer in report["layers"]] == [1, 16]
 
 
+def test_a_convolution_with_groups_does_not_become_a_depthwise_one(digits, compute):
+    layers = nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    options = {"macs_ratio": None, "steps": [0.7, 0.9, 1], "round_to": [1]}
+    with pytest.raises(BudgetMissed, match=r"nearest is 54\.57% of the parameters"):
+        _prune(network, digits, compute, ratio=0.7, **options)
+    report, _ = _prune(network, digits, compute, ratio=0.5457, **options)
+    assert [layer["channels_after"] for layer in report["layers"]] == [8, 8, 16]
+
+
 def test_fourteen_channels_keep_two(digits, compute):
     network = nn.Sequential(nn.Conv2d(3, 14, 1), nn.ReLU(), nn.Conv2d(14, 10, 16), nn.Flatten())
     with pytest.raises(BudgetMissed, match=r"nearest is 85\.\d\d% of the parameters"):

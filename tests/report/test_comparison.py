@@ -183,7 +183,7 @@ def test_without_the_record_of_script_1_its_number_is_missing(records, tmp_path)
     for record in (records["Coverage"], records["Wanda"]):
         record["prepared_with"].update(weights="mine.pth", weights_sha256="0" * 64)
     printed = comparison_text(compared(tmp_path, records))
-    assert "--weights mine.pth" in printed and printed.endswith(" (with the folder of mine.pth)")
+    assert "To make it, with the folder of mine.pth: python" in printed and " --weights mine.pth" in printed
 
 
 def test_a_network_that_was_prepared_with_other_settings_has_no_accuracy_before(records, tmp_path):
