@@ -18,10 +18,10 @@ from rows import known_rows, write_rows
 from torch import nn
 
 from cleanai import UserError, cli
-from cleanai.data.images import Images, ImageSettings
-from cleanai.data.sources import load_images
+from cleanai.data.images import Images
 from cleanai.exit import run_script
 from cleanai.measure.results import Split
+from cleanai.measure.standalone import scenario_images
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
 from cleanai.network.training import TrainSettings, train
@@ -29,7 +29,7 @@ from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import most_images
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.wording import method_title
-from cleanai.runtime.checkpoints import load_checkpoint, read_record
+from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import Scenario
@@ -59,9 +59,7 @@ def main() -> None:
     settings = TrainSettings(**{name: config[name] for name in TRAIN_SETTINGS})
     compute = choose_compute(args.device, config["precision"])
     print(compute.description)
-    prepared = load_checkpoint(scenarios["Coverage"].fine_tuned)
-    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"]))
-    images = images.normalised_by(prepared["mean"], prepared["std"])
+    images = scenario_images(scenarios["Coverage"], args.data_dir)
     images = images.with_train_samples(config["train_samples"], settings.seed).to(compute.device)
     split = Split.of(images, config)
 

@@ -20,18 +20,17 @@ from rows import known_rows, mean_and_spread, write_rows
 from torch import nn
 
 from cleanai import cli
-from cleanai.data.images import ImageSet, ImageSettings
-from cleanai.data.sources import load_images
+from cleanai.data.images import ImageSet
 from cleanai.exit import run_script
+from cleanai.measure.standalone import scenario_images
 from cleanai.network.evaluation import evaluate
-from cleanai.network.models import network_from
+from cleanai.network.models import load_network
 from cleanai.pruning.criteria import NeuronCoverageImportance, OBSImportance, WandaImportance
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.curves import Panel, curves_chart
 from cleanai.report.drawing import svg_bytes
-from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import write_bytes
 from cleanai.runtime.scenario import PROJECT, Scenario
@@ -64,10 +63,8 @@ def main() -> None:
     scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    prepared = load_checkpoint(scenario.fine_tuned)
-    original = compute.place(network_from(prepared, scenario.fine_tuned))
-    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"]))
-    images = images.normalised_by(prepared["mean"], prepared["std"]).to(compute.device)
+    original = compute.place(load_network(scenario.fine_tuned))
+    images = scenario_images(scenario, args.data_dir).to(compute.device)
     pool, heldout = images.calibration_split(len(images.test), seed=0)  # a quarter of the test images is held out
     test = images.test.select(heldout).sample(args.test_samples, seed=0)
     before = evaluate(original, test, compute).accuracy_percent

@@ -14,16 +14,15 @@ import copy
 import torch
 
 from cleanai import cli
-from cleanai.data.images import ImageSettings
-from cleanai.data.sources import load_images
 from cleanai.exit import run_script
 from cleanai.measure.latency import time_networks
 from cleanai.measure.provenance import describe_environment
-from cleanai.network.models import network_from
+from cleanai.measure.standalone import scenario_images
+from cleanai.network.models import load_network
 from cleanai.pruning.criteria import WandaImportance
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.settings import PruneImages, PruneSettings
-from cleanai.runtime.checkpoints import load_checkpoint, write_record
+from cleanai.runtime.checkpoints import write_record
 from cleanai.runtime.compute import choose_compute
 from cleanai.runtime.scenario import PROJECT, Scenario
 
@@ -40,9 +39,8 @@ def main() -> None:
     scenario.require_fine_tuned(args.data_dir)
     compute = choose_compute(args.device, args.precision)
     print(compute.description)
-    prepared = load_checkpoint(scenario.fine_tuned)
-    original = compute.place(network_from(prepared, scenario.fine_tuned))
-    images = load_images(args.dataset, args.data_dir, ImageSettings.of(prepared["config"])).to(compute.device)
+    original = compute.place(load_network(scenario.fine_tuned))
+    images = scenario_images(scenario, args.data_dir).to(compute.device)
     pictures, _ = images.calibration_split(args.calibration_batches * 128, seed=0)
 
     networks = {name: copy.deepcopy(original) for name in COPIES}

@@ -28,12 +28,9 @@ STEPS = 3
 LEAST_IMAGES = 16
 REPAIR_IMAGES = 1024
 _NEED_GRADIENTS = tuple(
-    getattr(tp.importance, name)
-    for name in (
-        *("TaylorImportance", "HessianImportance", "OBDCImportance"),
-        *("GroupTaylorImportance", "GroupHessianImportance"),
-    )
-    if hasattr(tp.importance, name)
+    getattr(tp.importance, f"{kind}Importance")
+    for kind in ("Taylor", "Hessian", "GroupTaylor", "GroupHessian", "OBDC")
+    if hasattr(tp.importance, f"{kind}Importance")
 )
 
 

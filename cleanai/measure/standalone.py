@@ -69,7 +69,7 @@ def save_scenario(scenario: Scenario, data_dir: Path) -> None:
 
 
 def scenario_images(scenario: Scenario, data_dir: Path) -> Images:
-    """The images of a finished pruning script, normalised as its final network takes them."""
+    """The images of a finished script, read as script 1 read them and normalised as its final network takes them."""
     checkpoint = load_checkpoint(scenario.final)
     settings = ImageSettings.of(load_checkpoint(scenario.fine_tuned)["config"])
     images = load_images(scenario.dataset, data_dir, settings)

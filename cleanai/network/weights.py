@@ -97,9 +97,9 @@ def load_weights(network: nn.Module, path: Path, model: str) -> bool:
     """Load the weights in `path` into a network; return whether they include its classifier.
 
     Names may begin with "module." or "_orig_mod.". Of a larger kernel of the first convolution the centre is used. A
-    classifier of another size is not loaded. Raises
-    UserError, before the network is changed, that names the first tensor that is missing, has another shape, is not in
-    the network called `model`, or is not finite (a mask may hold infinities where the network has them).
+    classifier of another size is not loaded. Raises UserError, before the network is changed, that names the first
+    tensor that is missing, has another shape, is not in the network called `model`, or is not finite (a mask may hold
+    infinities where the network has them).
     """
     own = network.state_dict()
     given = _with_fitting_names(read_weights(path), own)

@@ -80,9 +80,8 @@ class WandaImportance(ActivationImportance):
 
     def scores(self, layer: nn.Module, statistics: ChannelStatistics) -> torch.Tensor:
         """The share (C,) of each input channel in the layer's outputs, averaged over the outputs."""
-        products = kernels(layer, 1).abs().sum(3).cpu() * statistics.second_moment.sqrt().reshape(
-            getattr(layer, "groups", 1), 1, -1
-        )
+        activations = statistics.second_moment.sqrt().reshape(getattr(layer, "groups", 1), 1, -1)
+        products = kernels(layer, 1).abs().sum(3).cpu() * activations
         return divide(products, products.sum(-1, keepdim=True)).mean(1).flatten() / products.shape[0]
 
 

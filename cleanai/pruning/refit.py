@@ -141,10 +141,10 @@ class OriginalOutputs:
                 hooks.append(module.register_forward_hook(self._after_norm))
         with removed_afterwards(hooks), _Additions(self._before_addition, self._after_addition):
             yield
-        more_than_once = {module for module, count in self._runs.items() if count > 1} | sharing_modules(network)
-        several = {self._names[module] for module in more_than_once}
+        twice = {module for module, count in self._runs.items() if count > 1}
+        left_alone = {self._names[module] for module in twice | sharing_modules(network)}
         for name in list(self.outputs):
-            if name in several or self.norms.get(name) in several:
+            if name in left_alone or self.norms.get(name) in left_alone:
                 del self.outputs[name]
         self.ends = {number: name for number, name in self.ends.items() if name in self.outputs}
         self.sums = {name: self.sums[name] for name in self.ends.values()}
