@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cleanai import UserError
-from cleanai.options import COME_WITH, COMMON, DEFAULT_WORDS, SETTINGS
+from cleanai.options import COME_WITH, COMMON, DEFAULT_WORDS, MAY_BE_NONE, SETTINGS, TOGETHER
 from cleanai.runtime import distributed
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.packages import ONNX, require_packages, require_torch_export
@@ -29,7 +29,8 @@ class _Parser(argparse.ArgumentParser):
             message += ": this script reads the records of the others, and needs no images"
         elif message.startswith("unrecognized arguments"):
             message += self._meant(message)
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        listed = "--help lists the options" if self.add_help else "docs/options.md lists them"
+        self.exit(2, f"{self.prog}: {message} ({listed})\n")
 
     def _meant(self, message: str) -> str:
         """The options that come closest to the ones that no script has."""
@@ -57,7 +58,8 @@ class Options(argparse.Namespace):
 def parse(description: str, settings: dict[str, Any]) -> Options:
     """Parse the command line: `settings`, names with their defaults, and the common options that come with them.
 
-    Ends the program with one line when an option is wrong. UserError when packages for an export are missing.
+    Ends the program with one line when an option or a default is wrong. UserError when packages for an export are
+    missing.
     """
     parser = option_parser(description, settings)
     args = parser.parse_args(namespace=Options())
@@ -72,12 +74,40 @@ def option_parser(description: str, settings: dict[str, Any]) -> argparse.Argume
     """The parser of a script's options. Commands in the description get the script's own name."""
     own_name = re.sub(r"(?<=python test_scenarios/)\w+\.py", Path(sys.argv[0]).name, description)
     parser = _Parser(description=own_name, formatter_class=_HelpFormatter, allow_abbrev=False)
+    _require_complete(settings)
     for name, default in settings.items():
-        _add(parser, name, {**SETTINGS[name], "default": default}, settings)
+        _add(parser, name, {**SETTINGS[name], "default": _checked(name, default)}, settings)
     for setting, names in COME_WITH.items():
         for name in names if setting in settings else ():
             _add(parser, name, COMMON[name], settings)
     return parser
+
+
+def _require_complete(settings: dict[str, Any]) -> None:
+    """End the program when a script's own settings have a wrong name, or lack one, as in a copy of an older script."""
+    for name in settings:
+        if name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, n=1)
+            _settings_parser().error(f'there is no "{name}"' + (f'; did you mean "{close[0]}"?' if close else ""))
+    for one, names in TOGETHER.items():
+        missing = [f'"{name}"' for name in names if one in settings and name not in settings]
+        if missing:
+            lines = "its line" if len(missing) == 1 else "their lines"
+            _settings_parser().error(f"{', '.join(missing)} missing: copy {lines} from the script in test_scenarios")
+
+
+def _checked(name: str, default: Any) -> Any:
+    """A default from a script's own settings, as its option would give it. Ends the program when that refuses it."""
+    parser = _settings_parser()
+    if default is None:
+        return default if name in MAY_BE_NONE else parser.error(f'"{name}" cannot be None')
+    parser.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    values = default if isinstance(default, (list, tuple)) else [default]
+    return getattr(parser.parse_args(["--" + name.replace("_", "-"), *map(str, values)]), name)
+
+
+def _settings_parser() -> argparse.ArgumentParser:
+    return _Parser(prog=f"{Path(sys.argv[0]).name}, SETTINGS", add_help=False, allow_abbrev=False)
 
 
 def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -109,6 +139,9 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
             parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")
         args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
+    if "mean" in settings and (args.mean is None) != (args.std is None):
+        given, missing = ("mean", "std") if args.mean else ("std", "mean")
+        parser.error(f"argument --{given}: it belongs together with --{missing}")
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):
         parser.error(f"argument --ratios: {' '.join(map(str, args.ratios))} are not rising")
     if "distil" in settings and args.distil and args.epochs == 0:

@@ -253,6 +253,17 @@ COME_WITH = {
     "accept_drop": ("strict",),
     "ratios": ("tolerance",),
 }
+# The settings that a script must have when it has one of these.
+_TRAINING = ("dataset", "epochs", "batch_size", "lr", "weight_decay", "train_samples", "seed", "precision")
+_CALIBRATION = ("calibration_batches", "calibrate_on", "repair_batches")
+TOGETHER = {
+    "shift": (*_TRAINING, "image_size", "flip", "weights", "mean", "std"),
+    "ratio": (
+        *(*_TRAINING, *_CALIBRATION, "macs_ratio", "accept_drop", "speedup", "speedup_of", "keep_layers", "steps"),
+        *("round_to", "repair", "distil"),
+    ),
+    "ratios": (*_TRAINING, *_CALIBRATION, "test_samples"),
+}
 # What the default None means; for the others "all".
 DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),
@@ -264,3 +275,4 @@ DEFAULT_WORDS = {
     "keep_layers": "none",
     "speedup_of": "single",
 }
+MAY_BE_NONE = {*DEFAULT_WORDS, "train_samples", "test_samples"}

@@ -21,6 +21,7 @@ OTHER_OPTIONS = {
     COMPARE: {"--checkpoints-dir"},
     SWEEP: COMMON | {"--tolerance"},
 }
+PRUNING = runpy.run_path(str(SCRIPTS_DIR / SCRIPTS[2]))["SETTINGS"]
 DEFAULTS = {  # what None means, where it is not "all"
     "image_size": "as the files are",
     "mean": "of the training images",
@@ -81,6 +82,7 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (0, ["--mean", "123", "116", "103"], "--mean: 123 is not a number between 0 and 1, 1 excluded"),
         (0, ["--mean", "0.5", "0.5"], "--mean: expected 3 arguments"),
         (0, ["--std", "0", "0", "0"], "--std: 0 is not a number between 0 and 1, 0 excluded"),
+        (0, ["--std", "0.2", "0.2", "0.2"], "--std: it belongs together with --mean"),
         (0, ["--batch-size", "-4"], "--batch-size"),
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),
@@ -107,6 +109,41 @@ def test_a_wrong_option_is_answered_in_one_line(script, options, expected):
     result = run(SCRIPTS[script], *options)
     fails(result, expected)
     assert result.returncode == 2
+
+
+def _with_settings(monkeypatch, script, change):
+    """The settings of a copy of a script in which some are changed, or removed by `...`."""
+    monkeypatch.setattr(sys, "argv", ["my_script.py"])
+    settings = {**runpy.run_path(str(SCRIPTS_DIR / script))["SETTINGS"], **change}
+    return {name: value for name, value in settings.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "expected"),
+    [
+        (SCRIPTS[1], {"repair": "Full"}, "--repair: invalid choice: 'Full'"),
+        (SCRIPTS[2], {"calibrate_on": "Train"}, "--calibrate-on: invalid choice: 'Train'"),
+        (SCRIPTS[2], {"ratio": 20}, "--ratio: 20 is not a number between 0 and 1"),
+        (SCRIPTS[2], {"steps": 0}, "--steps: 0 is not a whole number of at least 1"),
+        (SCRIPTS[0], {"mean": 0.5}, "--mean: expected 3 arguments"),
+        (SCRIPTS[0], {"mean": [0.5, 0.5, 0.5]}, "--mean: it belongs together with --std"),
+        (SWEEP, {"epochs": None}, '"epochs" cannot be None'),
+        (SCRIPTS[0], {"epoch": 5}, 'there is no "epoch"; did you mean "epochs"?'),
+        (SCRIPTS[2], {"distil": ..., "seed": ...}, '"seed", "distil" missing: copy their lines'),
+    ],
+)
+def test_a_wrong_setting_in_a_script_is_answered_like_a_wrong_option(monkeypatch, capsys, script, change, expected):
+    settings = _with_settings(monkeypatch, script, change)
+    with pytest.raises(SystemExit) as ending:
+        cli.parse("A scenario.", settings)
+    assert ending.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_settings_may_be_written_as_is_natural(monkeypatch):
+    change = {"round_to": 32, "keep_layers": "layer4.*", "lr": 1e-5, "ratio": None, "macs_ratio": 0.3}
+    config = cli.parse("A scenario.", _with_settings(monkeypatch, SCRIPTS[1], change)).config
+    assert config.items() >= {**change, "round_to": [32], "keep_layers": ["layer4.*"]}.items()
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
@@ -219,9 +256,9 @@ def test_an_error_of_ours_is_not_disguised(capsys):
 )  # fmt: skip
 def test_the_macs_follow_the_parameters_unless_given(monkeypatch, options, expected):
     monkeypatch.setattr(sys, "argv", ["script", *options])
-    args = cli.parse("A scenario.", {"ratio": 0.2, "macs_ratio": "same"})
+    args = cli.parse("A scenario.", PRUNING)
     assert (args.ratio, args.macs_ratio) == expected
-    assert args.config == {"ratio": expected[0], "macs_ratio": expected[1]}
+    assert args.config == {**PRUNING, "ratio": expected[0], "macs_ratio": expected[1]}
 
 
 @pytest.mark.parametrize(
@@ -237,13 +274,12 @@ def test_the_macs_follow_the_parameters_unless_given(monkeypatch, options, expec
     ],
 )
 def test_the_limits_of_the_pruning_are_settings_and_repeat_the_run(monkeypatch, options, expected):
-    settings = {"ratio": 0.2, "macs_ratio": "same", "accept_drop": None, "speedup": None, "speedup_of": None}
     monkeypatch.setattr(sys, "argv", ["script", *options])
-    config = cli.parse("A scenario.", settings).config
-    assert tuple(config.values()) == expected
+    config = cli.parse("A scenario.", PRUNING).config
+    assert tuple(config[name] for name in ("ratio", "macs_ratio", "accept_drop", "speedup", "speedup_of")) == expected
     command = Scenario("TS1", "ResNet18", "CIFAR10", CHECKPOINTS_DIR, "Wanda").command(config)
     monkeypatch.setattr(sys, "argv", command.split()[1:])
-    assert cli.parse("A scenario.", settings).config == config
+    assert cli.parse("A scenario.", PRUNING).config == config
 
 
 @pytest.mark.parametrize(
