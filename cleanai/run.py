@@ -25,7 +25,7 @@ from cleanai.pruning.pruner import prune_to_budget, require_prunable
 from cleanai.pruning.repair import REPAIR_BYTES, most_images, recalibrate
 from cleanai.pruning.settings import PruneImages, PruneSettings
 from cleanai.report.wording import Record, repair_stages, wrapped
-from cleanai.runtime.checkpoints import find_checkpoint, load_checkpoint
+from cleanai.runtime.checkpoints import find_checkpoint, find_record, load_checkpoint, write_record
 from cleanai.runtime.compute import Compute, choose_compute
 from cleanai.runtime.files import file_digest
 from cleanai.runtime.progress import say
@@ -54,14 +54,13 @@ class Run:
         """
         self._try(network, self.args.batch_size if self.args.epochs else None)
         require_prunable(network, self.images.test)
-        if self.args.fresh:
-            self.scenario.remove_outputs()
+        self.replace_earlier()
         # Refuses an interrupted run with other settings.
         find_checkpoint(self.scenario.pretrained, self.facts["config"], model=self.scenario.model)
         save_network(self.scenario.pretrained, network, self.facts)
 
     def load_original(self) -> nn.Module:
-        """The network of the preparing script. Splits the test images, and with --fresh deletes earlier results."""
+        """The network of the preparing script. Splits the test images."""
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = network_from(self.prepared, scenario.fine_tuned)
@@ -75,9 +74,13 @@ class Run:
         self.split = Split.of(self.images, args.config)
         print(self._which_images())
         self.repair_images = self._count_repair_images(original)
-        if args.fresh:
-            scenario.remove_outputs()
         return original
+
+    def replace_earlier(self) -> None:
+        """With --fresh delete what an earlier run left, at the first call: what replaces it is there now."""
+        if self.args.fresh:
+            self.scenario.remove_outputs()
+            self.args.fresh = False
 
     def _which_images(self) -> str:
         """What serves for calibration and what is held out; and where test images are few, how to hold out all."""
@@ -150,9 +153,24 @@ class Run:
         self._save_pruned(pruned, unrepaired, original, pruning)
         return pruned, pruning
 
+    def find_points(self) -> list[Record]:
+        """The points of an interrupted sweep."""
+        interrupted = None if self.args.fresh else find_record(self.scenario.resume, self.facts["config"])
+        if not interrupted:
+            return []
+        print(f"Resuming after {len(interrupted['points'])} networks of an interrupted run")
+        return list(interrupted["points"])
+
+    def save_points(self, points: list[Record]) -> None:
+        """Save the points of a sweep so far. With --fresh deletes earlier results."""
+        self.replace_earlier()
+        write_record(self.scenario.resume, {"config": self.facts["config"], "points": points})
+
     def find_pruned(self) -> tuple[nn.Module | None, Record]:
         """The pruned network of an interrupted run with its report, or None and an empty report."""
         path = self.scenario.pruned
+        if self.args.fresh:
+            return None, {}
         checkpoint = find_checkpoint(path, self.facts["config"], model=self.scenario.model)
         if not checkpoint:
             return None, {}
@@ -163,13 +181,14 @@ class Run:
     def _save_pruned(self, network: nn.Module, unrepaired: nn.Module, original: nn.Module, pruning: Record) -> None:
         """Evaluate the pruned network before and after each part of the repair, and save it with `pruning`.
 
-        Distillation, where it belongs to the repair, runs here.
+        Distillation, where it belongs to the repair, runs here. With --fresh deletes earlier results.
         """
         pruning.update(self._repair_accuracies(network, unrepaired))
         if self.args.repair == "distil":
             pruning["accuracy_distilled_percent"] = self._distil(network, original)
         require_finite(self.evaluations["pruned"], "after pruning")
         evaluation = vars(self.evaluations["pruned"])
+        self.replace_earlier()
         save_network(self.scenario.pruned, network, {**self.facts, "pruning": pruning, "evaluation": evaluation})
         print(f"Test accuracy after pruning: {repair_stages(pruning)}")
 

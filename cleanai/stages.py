@@ -6,6 +6,7 @@ PyTorch, which takes seconds to import, is imported only for an export.
 from __future__ import annotations
 
 import contextlib
+from typing import Callable
 
 from cleanai import UserError
 from cleanai.cli import Options
@@ -24,7 +25,7 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
 
     UserError when an earlier run had other settings, or when the preparing script has not run.
     """
-    files = [scenario.record]
+    files = []
     if ":" in scenario.model:  # other networks are known by the names of their files
         args.config["model"] = scenario.model
     if scenario.method:
@@ -36,11 +37,11 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
         files.append(scenario.final)
     if "ratio" in args.config:
         files.append(scenario.pruned)
-    if args.fresh or not all(file.exists() for file in files):
+    record = None if args.fresh else find_record(scenario.record, args.config)
+    if not record or not all(file.exists() for file in files):
         return None
-    for file in files[1:]:
+    for file in files:
         require_intact(file)
-    record = find_record(files[0], args.config)
     print(f"Already finished; its record is {scenario.record} (images are not read again; --fresh starts over)")
     return record
 
@@ -52,13 +53,15 @@ def save_record(scenario: Scenario, record: Record) -> None:
         remove_file(scenario.report)
 
 
-def save_reports(scenario: Scenario, record: Record, table: str, report: bytes) -> None:
-    """Write the record of a comparison or a sweep, then its CSV and its PDF."""
+def save_reports(
+    scenario: Scenario, record: Record, table: Callable[[Record], str], report: Callable[[Record], bytes]
+) -> None:
+    """Write the record of a comparison or a sweep, then its CSV and its PDF, which are made from it."""
     with only_run(scenario):
         write_record(scenario.record, record)
         remove_file(scenario.resume)
-        write_bytes(scenario.table, table.encode("utf-8"))
-        write_bytes(scenario.report, report)
+        write_bytes(scenario.table, table(record).encode("utf-8"))
+        write_bytes(scenario.report, report(record))
 
 
 def publish(scenario: Scenario, record: Record, args: Options) -> None:

@@ -32,7 +32,7 @@ def main():
     print(f"{comparison_text(record)}\n", flush=True)
 
     # Report: a record, a CSV and a PDF.
-    stages.save_reports(scenario, record, comparison_csv(record), pdf_comparison(record))
+    stages.save_reports(scenario, record, comparison_csv, pdf_comparison)
     print(f"Report: {scenario.report}\nTable: {scenario.table}\nRecord: {scenario.record}")
 
 

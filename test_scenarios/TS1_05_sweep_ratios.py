@@ -15,7 +15,6 @@ except ModuleNotFoundError as error:  # also after the folder was renamed
 from cleanai.exit import run_script
 from cleanai.report.sweep_pdf import pdf_sweep
 from cleanai.report.sweep_text import chosen_networks, sweep_answer, sweep_csv, sweep_text
-from cleanai.runtime.checkpoints import find_record, write_record
 from cleanai.runtime.lock import only_run
 from cleanai.runtime.scenario import Scenario
 
@@ -50,7 +49,7 @@ def main():
     record.update(chosen=chosen_networks(scenario, record), tolerance_points=args.tolerance)
     record["answer"] = sweep_answer(record)
     print(f"\n{sweep_text(record)}\n", flush=True)
-    stages.save_reports(scenario, record, sweep_csv(record), pdf_sweep(record))
+    stages.save_reports(scenario, record, sweep_csv, pdf_sweep)
     print(f"Report: {scenario.report}\nTable: {scenario.table}\nRecord: {scenario.record}")
 
 
@@ -69,14 +68,9 @@ def measure(scenario, args):
     print(f"Accuracy on {len(test):,} held-out test images, before pruning: {before['accuracy_percent']:.2f}%")
 
     # Prune and measure, after the points that an interrupted run has saved.
-    config = run.facts["config"]
-    interrupted = find_record(scenario.resume, config) or {"points": []}
-    if interrupted["points"]:
-        print(f"Resuming after {len(interrupted['points'])} networks of an interrupted run")
     tune = (lambda network: train(network, run.images, run.compute, TrainSettings.of(args))) if args.epochs else None
     sweep = Sweep(original, args.ratios, run.prune_images, test, run.compute, args.seed, tune)
-    sweep.points = interrupted["points"]
-    sweep.save = lambda points: write_record(scenario.resume, {"config": config, "points": points})
+    sweep.points, sweep.save = run.find_points(), run.save_points
     points = sweep.run()
     end_all_but_first()  # of several processes, as torchrun starts them
 

@@ -188,6 +188,24 @@ def test_a_damaged_network_of_script_1_is_named_by_a_finished_script_too(method,
         stages.finished_record(scenario, Namespace(config={"epochs": 1}, fresh=False, data_dir=tmp_path))
 
 
+def test_a_record_is_not_replaced_by_other_settings_where_a_network_was_lost(tmp_path):
+    scenario = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path)
+    write_record(scenario.record, {"config": {"epochs": 1}})
+    assert stages.finished_record(scenario, Namespace(config={"epochs": 1}, fresh=False, data_dir=tmp_path)) is None
+    with pytest.raises(UserError, match=r"--epochs 1, and this run is with --epochs 2"):
+        stages.finished_record(scenario, Namespace(config={"epochs": 2}, fresh=False, data_dir=tmp_path))
+
+
+def test_a_report_that_fails_loses_neither_the_record_nor_the_table(tmp_path):
+    def fail(record):
+        raise RuntimeError("no font")
+
+    scenario, record = Scenario("TS1", "ResNet18", "CIFAR10", tmp_path, "Comparison"), {"answer": ["so"]}
+    with pytest.raises(RuntimeError, match="no font"):
+        stages.save_reports(scenario, record, lambda record: "a,b\n", fail)
+    assert read_record(scenario.record) == record and scenario.table.read_text(encoding="utf-8") == "a,b\n"
+
+
 def test_a_lost_network_of_script_1_is_made_again_with_its_settings(tmp_path):
     scenario = Scenario("TS1", "ResNet18", "Digits", tmp_path, "Wanda")
     write_record(scenario.of("").record, {"config": {"dataset": "Digits", "weights": "none", "epochs": 3, "seed": 0}})
@@ -199,7 +217,8 @@ def test_a_small_network_loses_what_comes_nearest(digits, compute, tmp_path):
     few = digits.with_train_samples(32, seed=0)
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(576, 10))
     settings = {"ratio": 0.24, "macs_ratio": None, "steps": 1, "round_to": [1], "repair": "none", "keep_layers": None}
-    args = Namespace(config=settings, batch_size=16, calibration_batches=2, calibrate_on="test", seed=0, **settings)
+    shared = {"batch_size": 16, "calibration_batches": 2, "calibrate_on": "test", "seed": 0, "fresh": False}
+    args = Namespace(config=settings, **shared, **settings)
     run = Run(Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda"), args, compute, few, {})
     run.split, run.repair_images = Split.of(few, vars(args)), 32
     _, report = run.prune(network, WandaImportance())

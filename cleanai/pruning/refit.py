@@ -66,15 +66,16 @@ class _Origins:
     """Which layer computes a tensor, alone or with its batch norm. Keeps no tensor alive."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
     def __setitem__(self, tensor: torch.Tensor, name: str) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), name
+        self._known[id(tensor)] = weakref.ref(tensor), tensor._version, name
 
     def get(self, tensor: torch.Tensor) -> str | None:
-        """The name of the layer, or None for a tensor of another origin."""
-        reference, name = self._known.get(id(tensor), (None, None))
-        return name if reference is not None and reference() is tensor else None
+        """The name of the layer, or None for a tensor of another origin, or changed in place, as activations do."""
+        reference, version, name = self._known.get(id(tensor), (None, 0, None))
+        known = reference is not None and reference() is tensor and tensor._version == version
+        return name if known else None
 
 
 class _Additions(TorchFunctionMode):
@@ -111,8 +112,9 @@ class OriginalOutputs:
     """What the original network computes for so many `images`, by the names of its layers.
 
     `inputs`: shape and sum of a layer's inputs, which show whether they are the same in another network. `outputs`:
-    rows of its outputs, behind its batch norm if it has one of its own. `norms`: the names of these. `ends`: by the
-    number of an addition the layer that is fitted to the sum. `sums`: rows of this sum, by that layer.
+    rows of its outputs, behind its batch norm if it has one of its own, none where `sums` has them. `norms`: the names
+    of these. `ends`: by the number of an addition the layer that is fitted to the sum. `sums`: rows of this sum, by
+    that layer.
     """
 
     images: int
@@ -176,6 +178,7 @@ class OriginalOutputs:
         if number in self.ends:
             name = self.ends[number]
             self.sums[name] = output_rows(self._modules[name], total, self.images)
+            self.outputs[name] = torch.empty(0)  # the sum is the target
 
 
 def _shape_and_sum(values: torch.Tensor) -> tuple[torch.Size, float]:

@@ -138,6 +138,20 @@ def test_a_layer_that_runs_twice_stays_and_its_sum_as_well(images, compute):
     assert {"blocks.1.conv2.weight", "blocks.2.conv1.weight", "classifier.weight"} <= changed
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
+def test_an_activation_in_place_is_no_part_of_its_layer(images, compute, activation):
+    def refitted(inplace):
+        torch.manual_seed(0)
+        original = Residual().eval()
+        for block in original.blocks:  # conv, batch norm, activation, addition: as in EfficientNetV2
+            block.bn2 = nn.Sequential(block.bn2, activation(inplace=inplace))
+        network, kept = _pruned(original, 4)
+        refit(network, original_outputs(original, images, compute), kept, images, compute, "")
+        return network.state_dict()
+
+    torch.testing.assert_close(refitted(True), refitted(False))
+
+
 class Padded(nn.Conv2d):
     """A convolution that pads by itself, as those with "same" padding of other libraries."""
 

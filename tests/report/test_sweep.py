@@ -335,3 +335,5 @@ def test_a_killed_sweep_resumes_and_a_finished_one_is_shown(tmp_path):
     assert "Already finished" in again.stdout and sweep_text(record) in again.stdout
     assert files.report.exists() and read_record(files.record) == record
     fails(run(sweep, *options, "--seed", "1"), "--seed 0", "--fresh")
+    fails(run(sweep, *options, "--ratios", "0.9", "0.999", "--fresh"), "0.999 cannot be met")
+    assert read_record(files.record) == record

@@ -411,6 +411,16 @@ def test_fresh_starts_over_with_other_settings(small_run, tmp_path):
     fails(other, "was made from another fine-tuned model", "--fresh")
 
 
+def test_fresh_deletes_nothing_for_a_run_that_is_refused(small_run, tmp_path):
+    folder, scripts = small_run
+    for name in ("TS1", "TS1_Wanda_SmallNetwork_Digits"):
+        shutil.copytree(folder / name, tmp_path / name)
+    before = outcome(tmp_path)
+    refused = prune(scripts[SCRIPTS[2]], tmp_path, "--dataset", "Digits", "--ratio", "0.995", "--fresh")
+    fails(refused, "cannot be met")
+    assert outcome(tmp_path) == before
+
+
 @pytest.mark.long
 def test_a_run_up_to_an_accepted_drop_resumes_and_is_judged(small_run, tmp_path):
     folder, scripts = small_run
