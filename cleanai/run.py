@@ -52,7 +52,7 @@ class Run:
 
         With --fresh deletes earlier results.
         """
-        self._try(network, self.args.batch_size if self.args.epochs else None)
+        self._try(network, self.args.batch_size if self.args.epochs else None, trained=True)
         require_prunable(network, self.images.test)
         self.replace_earlier()
         # Refuses an interrupted run with other settings.
@@ -65,10 +65,11 @@ class Run:
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
         original = network_from(self.prepared, scenario.fine_tuned)
         find_layers(original, args.config.get("keep_layers") or ())
-        if args.epochs or args.config.get("repair") == "distil":
+        trained = bool(args.epochs or args.config.get("repair") == "distil")
+        if trained:
             require_even_shares(self.images, args.batch_size)
-        in_batches = args.epochs or args.config.get("repair", "none") != "none"
-        self._try(original, args.batch_size if in_batches else None)
+        in_batches = trained or args.config.get("repair", "none") != "none"
+        self._try(original, args.batch_size if in_batches else None, trained)
         for warning in self._other_pictures():
             print(wrapped(f"Note: {warning}."))
         self.split = Split.of(self.images, args.config)
@@ -101,9 +102,9 @@ class Run:
             "trained on some of them, accuracies are too high"
         ]
 
-    def _try(self, network: nn.Module, batch_size: int | None) -> None:
+    def _try(self, network: nn.Module, batch_size: int | None, trained: bool) -> None:
         """Try a network on the images, and place it in the order of memory in which it works."""
-        self.compute, self.images = in_fitting_order(network, self.images, batch_size, self.compute)
+        self.compute, self.images = in_fitting_order(network, self.images, batch_size, self.compute, trained)
         self.compute.place(network)
 
     def _count_repair_images(self, network: nn.Module) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cleanai import UserError
 from cleanai.data.images import Images
+from cleanai.runtime import distributed
 from cleanai.runtime.compute import Compute
 from cleanai.runtime.files import one_line
 from cleanai.runtime.foreign import foreign_code
@@ -55,27 +56,29 @@ def try_outputs(network: nn.Module, inputs: torch.Tensor, name: str) -> torch.Te
 
 
 def in_fitting_order(
-    network: nn.Module, images: Images, batch_size: int | None, compute: Compute
+    network: nn.Module, images: Images, batch_size: int | None, compute: Compute, trained: bool = True
 ) -> tuple[Compute, Images]:
     """`compute` and `images` in the order of memory in which a network works; UserErrors of `try_network` when in none.
 
     That is channels last, which is fastest, or for a network that flattens with `view` the usual order.
     """
     try:
-        try_network(compute.place(copied(network)), images, batch_size, compute)
+        try_network(compute.place(copied(network)), images, batch_size, compute, trained)
         return compute, images
     except UserError:
         usual = replace(compute, memory_format=torch.contiguous_format)
         ordered = images.ordered(usual.memory_format)
-        try_network(usual.place(copied(network)), ordered, batch_size, usual)
+        try_network(usual.place(copied(network)), ordered, batch_size, usual, trained)
         return usual, ordered
 
 
-def try_network(network: nn.Module, images: Images, batch_size: int | None, compute: Compute) -> None:
+def try_network(
+    network: nn.Module, images: Images, batch_size: int | None, compute: Compute, trained: bool = True
+) -> None:
     """Raise UserError when a network cannot classify these images, or cannot be trained on them in such batches.
 
     A copy of the network, on the device of `compute`, runs on one and two images in evaluation mode, and in training
-    mode on as many as a batch has, at most two. None leaves out the training. Network and random numbers stay as they
+    mode on as many as a batch has, at most two, if it is `trained` backward, too. None leaves that out. Network and random numbers stay as they
     are. What the network raises by itself, other than a lack of memory, is told in one line.
     """
     trial, classes, name = copied(network), len(images.classes), type(network).__name__
@@ -107,6 +110,30 @@ def try_network(network: nn.Module, images: Images, batch_size: int | None, comp
             raise UserError(f"{option} is too little for batch norm in {name}: {fault}. Use at least 2")
         if fault:
             raise UserError(f"{name} cannot be trained on images of {size}: {fault}. {advice or 'Use another network'}")
+    if not trained:
+        return
+    with torch.random.fork_rng(devices):
+        _require_gradients(trial, inputs, compute)
+
+
+def _require_gradients(network: nn.Module, inputs: torch.Tensor, compute: Compute) -> None:
+    """UserError unless the weights of a network in training mode get gradients."""
+    name = type(network).__name__
+
+    def explain(error: BaseException) -> UserError:
+        return UserError(f"{name} cannot be trained: its backward pass fails ({one_line(error)[:200]})")
+
+    with foreign_code(explain), torch.enable_grad():
+        with compute.autocast():
+            outputs = network(inputs)
+        if outputs.requires_grad:
+            outputs.float().logsumexp(1).sum().backward()
+    trained = {title: weight for title, weight in network.named_parameters() if weight.requires_grad}
+    if not outputs.requires_grad:
+        raise UserError(f"{name} cannot be trained: no weight that its outputs depend on has requires_grad")
+    unused = [title for title, weight in trained.items() if weight.grad is None]
+    if unused and distributed.processes() > 1:
+        raise UserError(f"{name} cannot be trained by several processes: its outputs do not depend on {unused[0]}")
 
 
 def _fault(network: nn.Module, inputs: torch.Tensor, classes: int) -> tuple[str, str]:

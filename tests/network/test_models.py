@@ -158,6 +158,10 @@ _TRIALS = {
     r"its outputs are \(1, 4, 3, 3\)": (lambda: nn.Sequential(nn.Conv2d(3, 4, 6)), 8, 2),
     "cannot be trained on images of 64 x 64 pixels: its outputs are GoogLeNetOutputs": (
         lambda: torchvision.models.googlenet(num_classes=4, init_weights=False), 64, 2),
+    "cannot be trained: no weight that its outputs depend on has requires_grad": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()).requires_grad_(False), 8, 2),
+    "cannot be trained: its backward pass fails .*modified by an inplace operation": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 8), nn.Sigmoid(), nn.ReLU(inplace=True), nn.Flatten()), 8, 2),
 }  # fmt: skip
 
 
@@ -182,6 +186,21 @@ def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are(side, bat
     assert torch.equal(torch.get_rng_state(), random)
     assert network.training and not any(module._forward_pre_hooks for module in network.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_frozen_network_may_be_pruned_without_training(compute):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()).requires_grad_(False)
+    try_network(network, _images(8), 2, compute, trained=False)
+
+
+def test_a_weight_without_part_in_the_outputs_is_refused_where_several_processes_train(compute, monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())
+    network.spare = nn.Parameter(torch.ones(3))
+    network.forward = lambda x: network[1](network[0](x))
+    try_network(network, _images(8), 2, compute)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="by several processes: its outputs do not depend on spare"):
+        try_network(network, _images(8), 2, compute)
 
 
 class _Viewing(nn.Module):
