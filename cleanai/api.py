@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import nn
 
 from cleanai import UserError
-from cleanai.data.images import ImageSet
+from cleanai.data.images import ImageSet, are_large
 from cleanai.network.activations import has_finite_weights
 from cleanai.network.trial import copied, try_outputs, try_run
 from cleanai.pruning.criteria import CRITERIA
@@ -137,6 +137,8 @@ class _Workplace:
     def __enter__(self) -> _Workplace:
         self._current = torch.cuda.current_device() if torch.cuda.is_available() else None
         chosen = choose_compute("auto", "auto")
+        if chosen.precision == "float16":  # too small for the values of some networks, and nothing is trained here
+            chosen = choose_compute("auto", "float32")
         device = self.home if self.home.type == "cuda" else chosen.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -155,7 +157,9 @@ class _Workplace:
             raise UserError(f"{name} is a {type(images).__name__}: make it with cleanai.image_set(folder or tensor)")
         if len(images) < least:
             raise UserError(f"{name} holds {len(images)} images: give at least {least}")
-        images = replace(images.to(self.compute.device), memory_format=self.compute.memory_format)
+        device = self.compute.device
+        images = images.to(device, are_large(device, images))
+        images = replace(images, memory_format=self.compute.memory_format)
         try_run(self.network, next(images.batches(2))[0], name)
         return images
 

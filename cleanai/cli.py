@@ -17,8 +17,10 @@ from cleanai import UserError
 from cleanai.options import COME_WITH, COMMON, DEFAULT_WORDS, MAY_BE_NONE, SETTINGS, TOGETHER
 from cleanai.runtime import distributed
 from cleanai.runtime.files import file_digest
-from cleanai.runtime.packages import ONNX, require_packages, require_torch_export
+from cleanai.runtime.packages import ONNX, require_all, require_packages, require_torch_export
 from cleanai.runtime.scenario import EMBEDDED, usual_flip
+
+require_all()  # the scripts explain an error of this import
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable
 
-from cleanai.runtime.files import printable
+from cleanai.runtime.files import expanded, printable
 from cleanai.runtime.scenario import CHECKPOINTS_DIR, DATA_DIR, PROJECT, is_dataset_name
 
 MOST_SEED = 2**31 - 1  # its products with epochs fit into PyTorch's seeds
@@ -60,7 +60,7 @@ def _dataset(text: str) -> str:
 def _folder(text: str) -> Path:
     if printable(text) != text:  # a record could not hold it
         raise argparse.ArgumentTypeError(f"{printable(text)} is not a name that can be printed: rename it")
-    return Path(text).expanduser()  # a shell leaves --data-dir=~/images as it is
+    return expanded(text)  # a shell leaves --data-dir=~/images as it is
 
 
 def _weights(text: str) -> str | Path:

@@ -63,6 +63,14 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
             assert ended(process).returncode == 0, (script, options)
 
 
+@pytest.mark.parametrize("script", OTHER_OPTIONS)
+def test_a_missing_package_is_named_at_once(script):
+    program = "import runpy, sys\nsys.modules['reportlab'] = None\nsys.argv = sys.argv[1:]\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    with started(["-c", program, SCRIPTS_DIR / script]) as process:
+        fails(ended(process), "No module named 'reportlab'", "pip install -r requirements.txt")
+
+
 @pytest.mark.parametrize(
     ("script", "options", "expected"),
     [
@@ -86,6 +94,7 @@ def test_a_script_without_work_does_not_import_pytorch(tmp_path):
         (0, ["--batch-size", "-4"], "--batch-size"),
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),
+        (0, ["--weights", "~no-such-user/x.pth"], "--weights: ~no-such-user/x.pth is neither imagenet, none, nor a file"),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
         (1, ["--accept-drop", "0"], "--accept-drop: 0 is not a number between 0 and 100"),
         (2, ["--ratio", "auto"], "--ratio: auto needs --accept-drop or --speedup"),

@@ -159,12 +159,8 @@ class Images:
     source: str
 
     def to(self, device: torch.device) -> Images:
-        """The same images with batches on another device.
-
-        Pixels that would take more than a third of a GPU's free memory stay in host memory; their batches are moved.
-        """
-        size = self.train.pixels.numel() + self.test.pixels.numel()  # bytes
-        large = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 3
+        """The same images with batches on another device. `are_large` ones stay in host memory."""
+        large = are_large(device, self.train, self.test)
         return replace(self, train=self.train.to(device, large), test=self.test.to(device, large))
 
     def ordered(self, memory_format: torch.memory_format) -> Images:
@@ -222,6 +218,12 @@ class Images:
             return self.train.select(balanced_order(self.train.labels, seed).flip(0)[:count]), order
         count = min(count, len(order) * 3 // 4)
         return self.test.select(order[:count]), order[count:]
+
+
+def are_large(device: torch.device, *images: ImageSet) -> bool:
+    """Whether the pixels would take more than a third of a GPU's free memory. Then only their batches go there."""
+    size = sum(each.pixels.numel() * each.pixels.element_size() for each in images)
+    return device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 3
 
 
 SIZE_OPTION = "--image-size {} of script 1"  # how a user of the scripts asks for an image size

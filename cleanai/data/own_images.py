@@ -13,6 +13,7 @@ from cleanai.data.image_folder import decode
 from cleanai.data.images import ImageSet
 from cleanai.data.listing import list_pictures
 from cleanai.data.sources import channel_statistics
+from cleanai.runtime.files import expanded
 
 
 def image_set(
@@ -48,7 +49,7 @@ def image_set(
             raise UserError("labels are for a tensor: a folder's labels are its class folders")
         if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
             raise UserError(f"size is {size!r}: give a whole number of pixels, for example size=224")
-        folder = Path(source).expanduser()
+        folder = expanded(source)
         files = list_pictures(folder)
         pixels = torch.from_numpy(decode(files, folder, size, "size={}"))
         indices = torch.tensor([file.label for file in files])

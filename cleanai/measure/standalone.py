@@ -21,7 +21,7 @@ from cleanai.data.sources import load_images
 from cleanai.network.models import load_network
 from cleanai.network.trial import copied, try_outputs
 from cleanai.runtime.checkpoints import load_checkpoint
-from cleanai.runtime.files import replacing
+from cleanai.runtime.files import expanded, replacing
 from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.packages import require_torch_export
 from cleanai.runtime.scenario import Scenario
@@ -198,7 +198,7 @@ def _reason(network: nn.Module, error: BaseException) -> str:
 
 def writable(path: str | Path) -> Path:
     """The path of a file to write. UserError when it is a folder."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file")
     return path

@@ -150,7 +150,10 @@ def removed_afterwards(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 def not_finite() -> UserError:
     """The error for a network whose activations are not finite."""
-    return UserError("The network computes values that are not finite numbers: its weights are damaged")
+    return UserError(
+        "The network computes values that are not finite numbers: its weights are damaged, or its values too large for "
+        "float16, which --precision float32 avoids"
+    )
 
 
 def has_finite_weights(network: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cleanai import UserError
-from cleanai.runtime.files import file_digest, one_line
+from cleanai.runtime.files import expanded, file_digest, one_line
 from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.scenario import PROJECT
 
@@ -24,7 +24,7 @@ def own_network(file: str, name: str, classes: int) -> nn.Module:
     A relative path starts from the project's folder. The file may import its neighbours. Raises UserError, with the
     line of the file that fails, when it gives no network.
     """
-    path = (PROJECT / Path(file).expanduser()).resolve()
+    path = (PROJECT / expanded(file)).resolve()
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"MODEL names the Python file {path}, which does not exist")
     with foreign_code(lambda error: _failed(path, "cannot be imported", error)):

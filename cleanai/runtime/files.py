@@ -108,6 +108,14 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the user's folder for a leading ~; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def printable(name: str) -> str:
     """A name from the file system; what would break a line, or is no UTF-8, as escapes."""
     broken = ("Cc", "Cs", "Zl", "Zp")

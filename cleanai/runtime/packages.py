@@ -10,7 +10,17 @@ from cleanai import UserError
 
 ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
+_NEEDED = ("anyascii", "filelock", "numpy", "PIL", "reportlab", "safetensors", "scipy", "sklearn", "thop")
+NEEDED = (*_NEEDED, "torch", "torch_pruning", "torchvision", "tqdm")  # those of requirements.txt
+
 LEAST_TORCH = (2, 2)  # torch.export with a free batch size
+
+
+def require_all() -> None:
+    """Raise ModuleNotFoundError when a package of the scripts is missing, before the work. Imports none of them."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
 def require_packages(what: str, packages: Sequence[str]) -> None:
