@@ -232,7 +232,7 @@ class Run:
             "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
             "commands": [
                 scenario.of("").command(self.prepared["config"], self.args.data_dir),
-                scenario.command(self.args.config, self.args.data_dir),
+                scenario.command(self.facts["config"], self.args.data_dir),
             ],
             "warnings": [*self._other_pictures(), *find_warnings(measured["models"], pruning["layers"], self.images)],
         }

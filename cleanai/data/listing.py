@@ -19,7 +19,7 @@ SHOWN = 8  # names or kinds of files in a line
 _LEFT_BY_SYSTEMS = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
     *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000", "__pycache__"),
-    *("#recycle", "#snapshot", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "network trash folder", "temporary items", "thevolumesettingsfolder"),
 }
 
 
@@ -165,7 +165,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry]:
 
 def _left_by_system(entry: os.DirEntry) -> bool:
     name = entry.name.lower()
-    return name.startswith((".", "~$")) or name in _LEFT_BY_SYSTEMS or (name.startswith("@") and entry.is_dir())
+    return name.startswith((".", "~$")) or name in _LEFT_BY_SYSTEMS
 
 
 def _image_file(path: str, label: int) -> ImageFile:

@@ -51,11 +51,17 @@ def count_layers(network: nn.Module, example: torch.Tensor) -> dict[str, dict[st
 
 def _profiled(network: nn.Module, example: torch.Tensor, **options: bool) -> Any:
     """What thop finds. It leaves buffers in the modules, so it gets a copy; it does not know subclasses by itself."""
-    parents = {type(module) for module in network.modules() if [*module.children()]}  # of which it counts the children
+    parents = {type(module) for module in network.modules() if _counts_as_its_children(module)}
     kinds = {type(module) for module in network.modules()} - register_hooks.keys() - parents
     rules = {kind: register_hooks[base] for kind in kinds for base in kind.__mro__[::-1] if base in register_hooks}
     network = copy.deepcopy(network).eval()
     return thop.profile(network, inputs=(example,), custom_ops=rules, verbose=False, **options)
+
+
+def _counts_as_its_children(module: nn.Module) -> bool:
+    """Whether thop counts what is in a module instead of the module. It cannot count both, in a layer of one's own."""
+    inner = [*module.modules()][1:]
+    return bool(inner) and (not isinstance(module, CONSUMERS) or any(isinstance(each, CONSUMERS) for each in inner))
 
 
 def size_mib(network: nn.Module) -> float:

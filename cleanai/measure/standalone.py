@@ -23,6 +23,7 @@ from cleanai.network.trial import copied, try_outputs
 from cleanai.runtime.checkpoints import load_checkpoint
 from cleanai.runtime.files import expanded, replacing
 from cleanai.runtime.foreign import foreign_code
+from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.packages import require_torch_export
 from cleanai.runtime.scenario import Scenario
 
@@ -153,7 +154,9 @@ def _in_float64(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     try:
         with torch.inference_mode():
             return copy.deepcopy(network).double()(inputs.double()).double()
-    except RuntimeError:  # it makes float32 tensors of its own
+    except RuntimeError as error:  # it makes float32 tensors of its own
+        if is_shortage(error):
+            raise
         with torch.inference_mode():
             return network(inputs).double()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import textwrap
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.files import printable, write_bytes, writing
+from cleanai.runtime.files import one_line, printable, write_bytes, writing
 from cleanai.runtime.foreign import foreign_code
 from cleanai.runtime.scenario import NO_OPTIONS, option_text
 
@@ -63,7 +64,7 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     """
     damaged = _damaged(path)
     # A pickle can make torch.load raise anything. In a shortage of memory the file is not at fault.
-    with foreign_code(lambda _: damaged, (OSError,)):
+    with foreign_code(lambda error: _damaged(path, error), (OSError,)):
         archive_bytes = verified_size(path)
         content = load_plain_data(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
@@ -109,13 +110,15 @@ def load_plain_data(path: Path) -> Any:
 
 def require_intact(path: Path) -> None:
     """Raise UserError when a byte of a checkpoint has changed. Unlike `load_checkpoint` it needs no PyTorch."""
-    with foreign_code(lambda _: _damaged(path), (OSError,)):
+    with foreign_code(lambda error: _damaged(path, error), (OSError,)):
         verified_size(path)
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged(path: Path, error: BaseException | None = None) -> UserError:
+    reason = f" ({textwrap.shorten(one_line(error), 100, placeholder=' ...')})" if error else ""
     return UserError(
-        f"{path} is damaged or not a checkpoint of this project: delete it, and run the script again that made it"
+        f"{path} is damaged or not a checkpoint of this project{reason}: move it away, and run the script again that "
+        "made it"
     )
 
 
@@ -132,10 +135,10 @@ def verified_size(path: Path) -> int:
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
             folders = any(member.external_attr & _FOLDER for member in members)  # PyTorch would read nothing from it
             if packed or folders or size > path.stat().st_size or archive.testzip() is not None:
-                raise ValueError(path)
+                raise ValueError("its checksums are not those of its contents")
     except OSError as error:
         if error.errno == errno.EINVAL:  # a damaged archive names a place before its beginning
-            raise ValueError(path) from error
+            raise ValueError("it is cut off") from error
         raise
     return size
 
@@ -202,7 +205,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         intact = False
     if not intact:
-        raise UserError(f"{path} is damaged or was edited: delete it, and run its script again to measure again")
+        raise UserError(f"{path} is damaged or was edited: move it away, and run its script again to measure again")
     return record
 
 

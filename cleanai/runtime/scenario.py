@@ -27,6 +27,7 @@ EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
+_OF_CONDITIONS = {"deterministic": "--deterministic", "compiled": "--compile"}
 NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
 
 
@@ -204,6 +205,8 @@ class Scenario:
             and (not text or f'"{key}"' in text)
             and not (without_defaults and _is_default(text, key, value))
         ]
+        conditions = (config or {}).get("conditions", "")
+        settings += [option for word, option in _OF_CONDITIONS.items() if f", {word}" in conditions]
         return " ".join([f"python test_scenarios/{name}{dataset}{folder}", *filter(None, settings)])
 
     def require_fine_tuned(self, data_dir: Path, settings: dict[str, Any] | None = None) -> None:

@@ -348,6 +348,13 @@ class TestSize:
         assert torch.equal(images.test.labels, digits.test.labels)
 
 
+def test_a_class_may_begin_with_an_at_sign(tmp_path):
+    folder = make_image_folder(tmp_path / "Pets")
+    for part in ("train", "test"):
+        (folder / part / "cat").rename(folder / part / "@alice")
+    assert list(load_images("Pets", tmp_path).classes) == ["@alice", "dog"]
+
+
 def test_what_systems_leave_in_folders_is_skipped_and_other_files_are_counted(tmp_path, capsys):
     folder = make_image_folder(tmp_path / "Pets")
     expected = load_images("Pets", tmp_path)

@@ -106,7 +106,7 @@ def test_a_record_that_was_edited_or_damaged_is_named(tmp_path, damaged):
     path = tmp_path / "x.json"
     write_record(path, {"config": {}, "models": {"accuracy_percent": 91.5}})
     path.write_bytes(damaged(path))
-    with pytest.raises(UserError, match=r"x\.json is damaged or was edited: delete it") as error:
+    with pytest.raises(UserError, match=r"x\.json is damaged or was edited: move it away") as error:
         read_record(path)
     assert "\n" not in str(error.value)
 
@@ -138,7 +138,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path, kept):
     path = tmp_path / "a.pth"
     save_checkpoint(path, {"state_dict": {"w": torch.randn(5000)}})
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"a\.pth is damaged or not a checkpoint of this project: delete it"):
+    with pytest.raises(UserError, match=r"a\.pth is damaged or not a checkpoint of this project .*: move it away"):
         load_checkpoint(path)
 
 

@@ -131,6 +131,8 @@ def test_a_command_holds_all_settings():
         "--ratio none --macs-ratio 0.3 --coverage-metric frequency --round-to 16 8 "
         '--keep-layers conv1 "layer4.*"'
     )
+    compiled = {**config, "conditions": "float32, deterministic, compiled, 3 images"}
+    assert files.command(compiled) == f"{files.command(config)} --deterministic --compile"
     assert "coverage-metric" not in files.of("Wanda").command(config), "the script has no such setting"
 
 
