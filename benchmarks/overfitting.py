@@ -110,7 +110,13 @@ def main() -> None:
     name = Scenario("TS1", "ResNet18", args.dataset, args.checkpoints_dir).name
     path = FOLDER / f"{name}.csv"
     facts = {"weights": args.config["weights"], "epochs": args.epochs, "lr": args.lr, "weight_decay": args.weight_decay}
-    facts.update(seed=args.seed, train_images=len(images.train), judging_images=len(images.test))
+    facts.update(
+        weights_sha256=args.config.get("weights_sha256", ""),
+        batch_size=args.batch_size,
+        seed=args.seed,
+        train_images=len(images.train),
+        judging_images=len(images.test),
+    )
     facts = {key: str(value) for key, value in facts.items()}
     rows = known_rows(path, facts, args.fresh)
     settings = TrainSettings(args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed)

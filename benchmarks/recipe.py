@@ -64,6 +64,8 @@ def main() -> None:
     path = FOLDER / f"{name}.csv"
     facts = {
         "weights": args.config["weights"],
+        "weights_sha256": args.config.get("weights_sha256", ""),
+        "batch_size": str(args.batch_size),
         "epochs": str(args.epochs),
         "lr": str(args.lr),
         "seed": str(args.seed),

@@ -8,6 +8,7 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from cleanai import UserError
 from cleanai.cli import Options
 from cleanai.data.images import Images, ImageSettings
 from cleanai.data.sources import load_images
@@ -43,6 +44,7 @@ class Run:
     images: Images
     facts: dict[str, Any]
     prepared: dict[str, Any] = field(default_factory=dict)  # the checkpoint of the preparing script
+    prepared_sha256: str = ""  # of its file, when it was read
     split: Split = field(init=False)  # of the test images; set by `load_original`, as the next one
     repair_images: int = field(init=False)  # training images for the repair
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -222,6 +224,8 @@ class Run:
         print(f"Measuring {len(networks)} networks: inference time, size, FLOPs, test coverage")
         measured = measure_results(networks, self.evaluations, self.images, self.split, self.compute, self.args.seed)
         scenario, accept_drop = self.scenario, self.args.accept_drop
+        digests = {scenario.fine_tuned.name: self.prepared_sha256}
+        digests.update({file.name: file_digest(file) for file in (scenario.pruned, scenario.final)})
         return {
             **self.description(),
             **measured,
@@ -229,7 +233,7 @@ class Run:
             **({} if accept_drop is None else {"verdict": self._verdict(accept_drop)}),
             "pruning": pruning,
             "history": history,
-            "checkpoints": {file.name: file_digest(file) for file in scenario.networks.values()},
+            "checkpoints": digests,
             "commands": [
                 scenario.of("").command(self.prepared["config"], self.args.data_dir),
                 scenario.command(self.facts["config"], self.args.data_dir),
@@ -271,12 +275,16 @@ def open_run(scenario: Scenario, args: Options) -> Run:
     if "timing_seconds" in args:
         compute = replace(compute, timing_s=args.timing_seconds)
     print(wrapped(compute.description))
-    prepared = {}
+    prepared, sha256 = {}, ""
     if scenario.method:
         prepared = load_checkpoint(scenario.fine_tuned, model=scenario.model, dataset=scenario.dataset)
+        sha256 = file_digest(scenario.fine_tuned)
+        if not sha256.startswith(args.config["fine_tuned_model"]):
+            raise UserError(f"{scenario.fine_tuned} was replaced a moment ago: run the same command again")
     settings = ImageSettings.of(prepared["config"] if prepared else args.config)
     images = load_images(args.dataset, args.data_dir, settings)
     images = images.normalised_by(*((prepared["mean"], prepared["std"]) if prepared else (args.mean, args.std)))
     images = images.with_train_samples(args.train_samples, args.seed).to(compute.device)
     print(f"Training images are {images.augmentation}")
-    return Run(scenario, args, compute, images, checkpoint_facts(scenario, images, compute, args.config), prepared)
+    facts = checkpoint_facts(scenario, images, compute, args.config)
+    return Run(scenario, args, compute, images, facts, prepared, sha256)

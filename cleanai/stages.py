@@ -82,9 +82,9 @@ def publish(scenario: Scenario, record: Record, args: Options) -> None:
         with only_run(scenario):  # removes what a killed run left of it
             write_bytes(scenario.report, pdf_report(record))
     print(f"Report: {scenario.report}")
-    if "export" in record:
+    if "export" in record and scenario.exported.exists():
         print(f"ONNX: {scenario.exported} ({exported_as(record['export'])})")
-    if "int8" in record.get("export", {}):
+    if "int8" in record.get("export", {}) and scenario.quantized.exists():
         print(f"ONNX in 8 bits: {scenario.quantized}")
     if scenario.standalone.exists():
         print(f"PyTorch program: {scenario.standalone}")

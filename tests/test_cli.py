@@ -94,7 +94,11 @@ def test_a_missing_package_is_named_at_once(script):
         (0, ["--batch-size", "-4"], "--batch-size"),
         (0, ["--lr", "fast"], "--lr: fast "),
         (0, ["--weights", "imagenet22k"], "--weights: imagenet22k "),
-        (0, ["--weights", "~no-such-user/x.pth"], "--weights: ~no-such-user/x.pth is neither imagenet, none, nor a file"),
+        (
+            0,
+            ["--weights", "~no-such-user/x.pth"],
+            "--weights: ~no-such-user/x.pth is neither imagenet, none, nor a file",
+        ),
         (1, ["--coverage-metric", "mean"], "--coverage-metric"),
         (1, ["--accept-drop", "0"], "--accept-drop: 0 is not a number between 0 and 100"),
         (2, ["--ratio", "auto"], "--ratio: auto needs --accept-drop or --speedup"),

@@ -19,7 +19,8 @@ SHOWN = 8  # names or kinds of files in a line
 _LEFT_BY_SYSTEMS = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
     *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000", "__pycache__"),
-    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+    *("#recycle", "#snapshot", "network trash folder", "temporary items", "thevolumesettingsfolder"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot"),
 }
 
 

@@ -52,7 +52,7 @@ class TrainingStep:
             teacher.network.eval()
         self._network = _shared(network) if distributed.processes() > 1 else network
         # Before PyTorch 2.2 fused Adam refuses the gradients of depthwise convolutions in channels-last order.
-        fused = compute.device.type == "cuda" and torch.__version__ >= (2, 2)
+        fused = True if compute.device.type == "cuda" and torch.__version__ >= (2, 2) else None
         self._optimizer = torch.optim.Adam(network.parameters(), lr=0.0, weight_decay=weight_decay, fused=fused)
         self._scaler = compute.gradient_scaler()
         self._judge = _compiled(self._loss_and_accuracy) if compute.compiled else self._loss_and_accuracy

@@ -78,8 +78,8 @@ def try_network(
     """Raise UserError when a network cannot classify these images, or cannot be trained on them in such batches.
 
     A copy of the network, on the device of `compute`, runs on one and two images in evaluation mode, and in training
-    mode on as many as a batch has, at most two, if it is `trained` backward, too. None leaves that out. Network and random numbers stay as they
-    are. What the network raises by itself, other than a lack of memory, is told in one line.
+    mode on as many as a batch has, at most two, if it is `trained` backward, too. None leaves that out. Network and
+    random numbers stay as they are. What the network raises by itself, other than a lack of memory, becomes one line.
     """
     trial, classes, name = copied(network), len(images.classes), type(network).__name__
     height, width = images.test.pixels.shape[2:]

@@ -202,7 +202,8 @@ def _latency(record: Record) -> list[Any]:
     rows = table(rows, [WIDTH * 0.4, *[WIDTH * 0.2] * 3])
     quantiles = {title: models[name]["latency_quantiles_ms"] for name, title in STAGES.items()}
     note = (
-        f"{models['original']['latency_ms']['n']} calls of each network, in float32: those of the fastest two thirds of "
-        "its turns. The curves leave out the fastest and the slowest 2% of them. A curve further left is a faster network, a steeper curve a steadier one."
+        f"{models['original']['latency_ms']['n']} calls of each network, in float32: those of the fastest two thirds "
+        "of its turns. The curves leave out the fastest and the slowest 2% of them. A curve further left is a faster "
+        "network, a steeper curve a steadier one."
     )
     return [latency_chart(quantiles), text(note), Spacer(1, 4), rows]
