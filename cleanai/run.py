@@ -65,6 +65,8 @@ class Run:
         """The network of the preparing script. Splits the test images."""
         scenario, args = self.scenario, self.args
         self.images.require_classes(self.prepared["classes"], scenario.fine_tuned)
+        if args.fresh:
+            scenario.require_removable()
         original = network_from(self.prepared, scenario.fine_tuned)
         find_layers(original, args.config.get("keep_layers") or ())
         trained = bool(args.epochs or args.config.get("repair") == "distil")

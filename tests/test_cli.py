@@ -187,10 +187,11 @@ def test_a_damaged_fine_tuned_model_is_named(tmp_path):
     fails(run(SCRIPTS[1], "--dataset", "Digits", "--checkpoints-dir", tmp_path), str(path))
 
 
-def _ending(error, capsys, interruption=None):
+def _ending(error, capsys, interruption=None, before=lambda: None):
     """How a script ends whose main raises `error`, after a signal if given: the exit status, and what it prints."""
 
     def main():
+        before()
         with contextlib.suppress(KeyboardInterrupt):
             if interruption:
                 signal.raise_signal(interruption)
@@ -243,6 +244,13 @@ def test_an_interruption_says_how_to_resume(capsys):
         message
         == "\nInterrupted. The same command, without --fresh, goes on from the last epoch or stage that was finished.\n"
     )
+
+
+def test_an_interruption_before_fresh_replaced_anything_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["script", "--fresh"])
+    assert "are as they were: run the command again" in _ending(KeyboardInterrupt(), capsys)[1]
+    removing = Scenario("TS1", "ResNet18", "Digits", tmp_path, "Wanda").remove_outputs
+    assert "without --fresh, goes on" in _ending(KeyboardInterrupt(), capsys, before=removing)[1]
 
 
 def test_an_interruption_that_became_another_error_is_still_one(capsys):

@@ -114,7 +114,7 @@ def test_a_pattern_that_no_layer_matches_is_refused_before_any_work(digits, comp
     scenario = Scenario("TS1", SMALL_MODEL, "Digits", tmp_path, "Wanda")
     facts = checkpoint_facts(scenario, digits, compute, {})
     prepared = {**facts, "state_dict": SmallNetwork(10).state_dict()}
-    args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16)
+    args = Namespace(config={"keep_layers": ["first*", "conv9"]}, epochs=1, batch_size=16, fresh=False)
     run = Run(scenario, args, compute, digits, facts, prepared)
     monkeypatch.setattr("cleanai.run.in_fitting_order", lambda *_: pytest.fail("a network was run"))
     with pytest.raises(

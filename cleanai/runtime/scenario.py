@@ -6,12 +6,15 @@ that a finished script answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fnmatch
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from cleanai import UserError
 from cleanai.runtime import distributed
@@ -27,6 +30,7 @@ EMBEDDED = "Digits"
 
 # Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
+removals: list[str] = []  # the scripts whose earlier results this program has begun to delete
 _OF_CONDITIONS = {"deterministic": "--deterministic", "compiled": "--compile"}
 NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
 
@@ -228,17 +232,23 @@ class Scenario:
                 )
 
     def remove_outputs(self) -> None:
-        """Delete what an earlier run of this script left."""
+        """Delete what an earlier run of this script left. UserError for a file that cannot be deleted."""
         with distributed.first_before_others():
-            for pattern in self._outputs():
-                for path in pattern.parent.glob(pattern.name):
-                    try:
-                        remove_file(path)
-                    except PermissionError as error:
-                        raise UserError(
-                            f"{path} cannot be deleted ({error.strerror}): close the programs that hold it open, or "
-                            "make its folder writable"
-                        ) from error
+            removals.append(self.name)
+            for path in self._existing():
+                with _explained(path):
+                    remove_file(path)
+
+    def require_removable(self) -> None:
+        """Raise the UserError of `remove_outputs`, and delete nothing."""
+        for path in self._existing():
+            with _explained(path):
+                if not os.access(path.parent, os.W_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                path.rename(path)  # on Windows this fails while another program holds the file open
+
+    def _existing(self) -> list[Path]:
+        return [path for pattern in self._outputs() for path in pattern.parent.glob(pattern.name)]
 
     def remove_unfinished(self) -> None:
         """Delete the half-written files of a killed run. Call it only while the lock is held."""
@@ -264,6 +274,17 @@ class Scenario:
     def _trained(self, stage: str) -> Path:
         tag = f"FTAP_{METHODS[self.method].tag}" if self.method else "FT"
         return self.folder / f"{self.model_name}_{self.dataset}_{tag}_{stage}.pth"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(
+            f"{path} cannot be deleted ({error.strerror}): close the programs that hold it open, or make its folder "
+            "writable"
+        ) from error
 
 
 def weights_hint(settings: dict[str, Any] | None) -> str:

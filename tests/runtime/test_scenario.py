@@ -90,6 +90,13 @@ def test_a_report_that_another_program_holds_open_is_named_and_the_rest_stays(tm
             raise PermissionError(13, "The process cannot access the file")
         unlink(self, *args)
 
+    def not_moved(self, target):
+        if self == scenario.report:
+            raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "rename", not_moved)
+    with pytest.raises(UserError, match=r"\.pdf cannot be deleted \(The process .*\): close"):
+        scenario.require_removable()
     monkeypatch.setattr(Path, "unlink", held)
     with pytest.raises(UserError, match=r"\.pdf cannot be deleted \(The process .*\): close"):
         scenario.remove_outputs()
