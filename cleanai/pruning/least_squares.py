@@ -47,10 +47,10 @@ def reconstruct(
     """Set the weights of a layer's kept inputs so that its outputs approximate those before, in the least squares.
 
     `before` and `now` are `channel_rows` of its inputs before pruning and now. `removed` (R,) are the removed input
-    channels, the same in each group of a convolution; their weights become zero. With P the kept channels,
-    M = E[before now_P^T] (E[now_P now_P^T] + lambda I)^-1 predicts all inputs as they were, and W M at each kernel
-    position replaces W[:, P] (He et al. 2017, arXiv 1707.06168). lambda, `RIDGE` of the mean diagonal, penalises
-    changes of the kept weights.
+    channels, the same in each group of a convolution; their weights become zero. With P the kept channels and d the
+    inputs before, less those of P now, D = E[d now_P^T] (E[now_P now_P^T] + lambda I)^-1 predicts what is missing, and
+    W D at each kernel position is added to W[:, P] (He et al. 2017, arXiv 1707.06168). lambda, `RIDGE` of the mean
+    diagonal, penalises changes of the kept weights.
     """
     kept = is_kept(now.shape[-1], removed)
     now = now[:, :, kept]

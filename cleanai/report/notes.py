@@ -41,20 +41,19 @@ def _not_reached(record: Record) -> list[str]:
 
 
 def _worse_after_fine_tuning(record: Record) -> list[str]:
-    pruned, final = record["models"]["pruned"], record["models"]["fine_tuned"]
-    if final["accuracy_percent"] >= pruned["accuracy_percent"] or not record["config"]["epochs"]:
+    count, models = record["dataset"]["test_images"], record["models"]
+    heldout = unpack(record["heldout_bits"], count)
+    flags = [unpack(models[name]["correct_bits"], count)[heldout] for name in ("pruned", "fine_tuned")]
+    tested = compare_paired(*flags)
+    if tested["difference_points"] >= 0 or not record["config"]["epochs"]:
         return []
-    count = record["dataset"]["test_images"]
-    tested = compare_paired(unpack(pruned["correct_bits"], count), unpack(final["correct_bits"], count))
-    before = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
-    if tested["p_value"] < LEVEL:
-        change, which = "made the pruned network worse", "better network"
-    else:
-        change, which = "did not improve the pruned network", "network before it"
+    before, after = (100 * correct.mean() for correct in flags)
+    file = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
+    change = "made the pruned network worse" if tested["p_value"] < LEVEL else "did not improve the pruned network"
     return [
-        f"Fine-tuning {change}: test accuracy {pruned['accuracy_percent']:.2f}% before it, "
-        f"{final['accuracy_percent']:.2f}% after it, {verdict(tested['p_value'])}. The {which} is {before}, in the "
-        "same folder as the final one. Try a lower --lr, or other --epochs."
+        f"Fine-tuning {change}: held-out accuracy {before:.2f}% before it, {after:.2f}% after it, "
+        f"{verdict(tested['p_value'])}. The network before it is {file}, in the same folder as the final one. Try a "
+        "lower --lr, or other --epochs."
     ]
 
 
