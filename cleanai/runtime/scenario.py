@@ -245,7 +245,8 @@ class Scenario:
             with _explained(path):
                 if not os.access(path.parent, os.W_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                path.rename(path)  # on Windows this fails while another program holds the file open
+                with contextlib.suppress(FileExistsError):
+                    path.rename(path)  # on Windows this fails while another program holds the file open
 
     def _existing(self) -> list[Path]:
         return [path for pattern in self._outputs() for path in pattern.parent.glob(pattern.name)]
