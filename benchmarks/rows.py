@@ -16,7 +16,7 @@ def known_rows(path: Path, facts: dict[str, str], fresh: bool) -> list[dict[str,
     """The rows of an earlier run, none with `fresh`; UserError when it was about other `facts`."""
     rows = [] if fresh or not path.exists() else read_rows(path)
     if any({key: row.get(key) for key in facts} != facts for row in rows):
-        raise UserError(f"{path} was measured with another network or other images: start over with --fresh")
+        raise UserError(f"{path} was measured with another network, other images or settings: start over with --fresh")
     return rows
 
 

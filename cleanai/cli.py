@@ -56,6 +56,12 @@ class Options(argparse.Namespace):
 
     config: dict[str, Any]
 
+    def __getattr__(self, name: str) -> Any:
+        """UserError for a setting that the script does not have, as a copy of an older one."""
+        if name in SETTINGS and "config" in vars(self):
+            raise UserError(f'SETTINGS has no "{name}": copy its line from the script in test_scenarios')
+        raise AttributeError(name)
+
 
 def parse(description: str, settings: dict[str, Any]) -> Options:
     """Parse the command line: `settings`, names with their defaults, and the common options that come with them.
@@ -100,16 +106,20 @@ def _require_complete(settings: dict[str, Any]) -> None:
 
 def _checked(name: str, default: Any) -> Any:
     """A default from a script's own settings, as its option would give it. Ends the program when that refuses it."""
-    parser = _settings_parser()
-    if default is None:
-        return default if name in MAY_BE_NONE else parser.error(f'"{name}" cannot be None')
-    parser.add_argument("--" + name.replace("_", "-"), **SETTINGS[name])
+    parser, option = _settings_parser(f', "{name}"'), SETTINGS[name]
+    if default is None or default == []:
+        return None if name in MAY_BE_NONE else parser.error(f"it cannot be {default}")
+    if isinstance(default, str) and "type" in option and "nargs" not in option:
+        return default  # argparse parses it, unless the option is given
     values = default if isinstance(default, (list, tuple)) else [default]
+    if len(values) > 1 and "nargs" not in option:
+        parser.error(f"it is one value, not {len(values)}")
+    parser.add_argument("--" + name.replace("_", "-"), **option)
     return getattr(parser.parse_args(["--" + name.replace("_", "-"), *map(str, values)]), name)
 
 
-def _settings_parser() -> argparse.ArgumentParser:
-    return _Parser(prog=f"{Path(sys.argv[0]).name}, SETTINGS", add_help=False, allow_abbrev=False)
+def _settings_parser(setting: str = "") -> argparse.ArgumentParser:
+    return _Parser(prog=f"{Path(sys.argv[0]).name}, SETTINGS{setting}", add_help=False, allow_abbrev=False)
 
 
 def _add(parser: argparse.ArgumentParser, name: str, option: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -141,7 +151,7 @@ def _check(args: Options, settings: dict[str, Any], parser: argparse.ArgumentPar
         if (args.flip, args.dataset) == ("horizontal", EMBEDDED):
             parser.error(f"argument --flip: {EMBEDDED} are never mirrored, a mirrored digit is not a digit")
         args.flip = usual_flip(args.dataset) if args.flip == "auto" else args.flip
-    if "mean" in settings and (args.mean is None) != (args.std is None):
+    if {"mean", "std"} <= settings.keys() and (args.mean is None) != (args.std is None):
         given, missing = ("mean", "std") if args.mean else ("std", "mean")
         parser.error(f"argument --{given}: it belongs together with --{missing}")
     if "ratios" in settings and args.ratios != sorted(set(args.ratios)):

@@ -17,10 +17,12 @@ from typing import Any, Callable, Iterator, NoReturn, TextIO
 from cleanai import UserError
 from cleanai.runtime import distributed
 from cleanai.runtime.memory import is_shortage
-from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR, removals
+from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
-_STOPPED = "\nInterrupted. The same command, without --fresh, goes on from the last epoch or stage that was finished."
-_UNCHANGED = "\nInterrupted. The earlier results, which --fresh is to replace, are as they were: run the command again."
+_STOPPED = (
+    "\nInterrupted. The same command goes on from the last epoch or stage that was finished. Leave out --fresh when it "
+    "has deleted the earlier results."
+)
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program
@@ -54,7 +56,6 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 def _handling_signals() -> Iterator[None]:
     """A context in which Ctrl-C and SIGTERM raise KeyboardInterrupt; afterwards, too, but not in a session."""
     _received.clear()
-    removals.clear()
     if threading.current_thread() is not threading.main_thread():  # there Python allows no signal handlers
         yield
         return
@@ -90,8 +91,7 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
     except KeyboardInterrupt:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one has nothing more to stop
-        unchanged = "--fresh" in sys.argv and not removals
-        return 128 + (_received or [signal.SIGINT])[0], _UNCHANGED if unchanged else _STOPPED
+        return 128 + (_received or [signal.SIGINT])[0], _STOPPED
     except BrokenPipeError:
         return 128 + _PIPE, ""
     except OSError as error:

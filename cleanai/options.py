@@ -253,17 +253,21 @@ COME_WITH = {
     "accept_drop": ("strict",),
     "ratios": ("tolerance",),
 }
-# The settings that a script must have when it has one of these.
+# The settings that a pruning script (with "ratio") and a sweep (with "ratios") need hours after their start.
 _TRAINING = ("dataset", "epochs", "batch_size", "lr", "weight_decay", "train_samples", "seed", "precision")
-_CALIBRATION = ("calibration_batches", "calibrate_on", "repair_batches")
-TOGETHER = {
-    "shift": (*_TRAINING, "image_size", "flip", "weights", "mean", "std"),
-    "ratio": (
-        *(*_TRAINING, *_CALIBRATION, "macs_ratio", "accept_drop", "speedup", "speedup_of", "keep_layers", "steps"),
-        *("round_to", "repair", "distil"),
-    ),
-    "ratios": (*_TRAINING, *_CALIBRATION, "test_samples"),
-}
+_BOTH = (*_TRAINING, "calibration_batches", "calibrate_on", "repair_batches")
+_PRUNING = (
+    "macs_ratio",
+    "accept_drop",
+    "speedup",
+    "speedup_of",
+    "keep_layers",
+    "steps",
+    "round_to",
+    "repair",
+    "distil",
+)
+TOGETHER = {"ratio": (*_BOTH, *_PRUNING), "ratios": (*_BOTH, "test_samples")}
 # What the default None means; for the others "all".
 DEFAULT_WORDS = {
     **dict.fromkeys(("ratio", "macs_ratio"), "none"),

@@ -86,6 +86,7 @@ class Run:
         if self.args.fresh:
             self.scenario.remove_outputs()
             self.args.fresh = False
+            print("Earlier results are deleted, as --fresh asks")
 
     def _which_images(self) -> str:
         """What serves for calibration and what is held out; and where test images are few, how to hold out all."""

@@ -6,7 +6,6 @@ PyTorch, which takes seconds to import, is imported only for an export.
 from __future__ import annotations
 
 import contextlib
-import datetime
 from typing import Callable
 
 from cleanai import UserError
@@ -43,11 +42,7 @@ def finished_record(scenario: Scenario, args: Options) -> Record | None:
         return None
     for file in files:
         require_intact(file)
-    written = datetime.datetime.fromtimestamp(scenario.record.stat().st_mtime)
-    print(
-        f"Already finished; its record, of {written:%Y-%m-%d %H:%M}, is {scenario.record} (images are not read again; "
-        "--fresh starts over)"
-    )
+    print(f"Already finished; its record is {scenario.record} (images are not read again; --fresh starts over)")
     return record
 
 

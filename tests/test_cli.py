@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from cleanai import cli, exit
+from cleanai import UserError, cli, exit
+from cleanai.options import TOGETHER
 from cleanai.runtime.scenario import CHECKPOINTS_DIR, SCRIPTS_DIR, Scenario
 from tests.helpers import COMPARE, SCRIPTS, SWEEP, ended, fails, run, started
 
@@ -134,13 +135,14 @@ def _with_settings(monkeypatch, script, change):
 @pytest.mark.parametrize(
     ("script", "change", "expected"),
     [
-        (SCRIPTS[1], {"repair": "Full"}, "--repair: invalid choice: 'Full'"),
+        (SCRIPTS[1], {"repair": "Full"}, "SETTINGS, \"repair\": argument --repair: invalid choice: 'Full'"),
         (SCRIPTS[2], {"calibrate_on": "Train"}, "--calibrate-on: invalid choice: 'Train'"),
         (SCRIPTS[2], {"ratio": 20}, "--ratio: 20 is not a number between 0 and 1"),
         (SCRIPTS[2], {"steps": 0}, "--steps: 0 is not a whole number of at least 1"),
         (SCRIPTS[0], {"mean": 0.5}, "--mean: expected 3 arguments"),
         (SCRIPTS[0], {"mean": [0.5, 0.5, 0.5]}, "--mean: it belongs together with --std"),
-        (SWEEP, {"epochs": None}, '"epochs" cannot be None'),
+        (SWEEP, {"epochs": None}, '"epochs": it cannot be None'),
+        (SWEEP, {"lr": [0.001, 0.01]}, '"lr": it is one value, not 2'),
         (SCRIPTS[0], {"epoch": 5}, 'there is no "epoch"; did you mean "epochs"?'),
         (SCRIPTS[2], {"distil": ..., "seed": ...}, '"seed", "distil" missing: copy their lines'),
     ],
@@ -157,6 +159,23 @@ def test_settings_may_be_written_as_is_natural(monkeypatch):
     change = {"round_to": 32, "keep_layers": "layer4.*", "lr": 1e-5, "ratio": None, "macs_ratio": 0.3}
     config = cli.parse("A scenario.", _with_settings(monkeypatch, SCRIPTS[1], change)).config
     assert config.items() >= {**change, "round_to": [32], "keep_layers": ["layer4.*"]}.items()
+    none = cli.parse("A scenario.", _with_settings(monkeypatch, SCRIPTS[1], {"keep_layers": []})).config
+    assert none["keep_layers"] is None
+    lost = _with_settings(monkeypatch, SCRIPTS[0], {"weights": "lost.pth"})
+    monkeypatch.setattr(sys, "argv", ["my_script.py", "--weights", "none"])
+    assert cli.parse("A scenario.", lost).config["weights"] == "none"
+
+
+def test_a_setting_that_a_copy_of_an_older_script_lacks_is_named(monkeypatch):
+    args = cli.parse("A scenario.", _with_settings(monkeypatch, SCRIPTS[0], {"mean": ..., "std": ...}))
+    with pytest.raises(UserError, match='SETTINGS has no "mean"'):
+        print(args.mean)
+
+
+@pytest.mark.parametrize(("script", "key"), [(SCRIPTS[1], "ratio"), (SCRIPTS[2], "ratio"), (SWEEP, "ratios")])
+def test_what_a_script_needs_late_is_what_it_has(script, key):
+    settings = runpy.run_path(str(SCRIPTS_DIR / script))["SETTINGS"].keys() - {key, "coverage_metric"}
+    assert settings == {*TOGETHER[key]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
@@ -187,11 +206,10 @@ def test_a_damaged_fine_tuned_model_is_named(tmp_path):
     fails(run(SCRIPTS[1], "--dataset", "Digits", "--checkpoints-dir", tmp_path), str(path))
 
 
-def _ending(error, capsys, interruption=None, before=lambda: None):
+def _ending(error, capsys, interruption=None):
     """How a script ends whose main raises `error`, after a signal if given: the exit status, and what it prints."""
 
     def main():
-        before()
         with contextlib.suppress(KeyboardInterrupt):
             if interruption:
                 signal.raise_signal(interruption)
@@ -240,17 +258,7 @@ def test_too_little_memory_says_what_to_lower(error, capsys):
 def test_an_interruption_says_how_to_resume(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
-    assert (
-        message
-        == "\nInterrupted. The same command, without --fresh, goes on from the last epoch or stage that was finished.\n"
-    )
-
-
-def test_an_interruption_before_fresh_replaced_anything_says_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["script", "--fresh"])
-    assert "are as they were: run the command again" in _ending(KeyboardInterrupt(), capsys)[1]
-    removing = Scenario("TS1", "ResNet18", "Digits", tmp_path, "Wanda").remove_outputs
-    assert "without --fresh, goes on" in _ending(KeyboardInterrupt(), capsys, before=removing)[1]
+    assert message.startswith("\nInterrupted. The same command goes on")
 
 
 def test_an_interruption_that_became_another_error_is_still_one(capsys):

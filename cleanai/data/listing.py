@@ -15,7 +15,7 @@ from cleanai.runtime.files import one_line, printable
 
 ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 SHOWN = 8  # names or kinds of files in a line
-# What systems, network drives and programs leave in folders, besides names that begin with a dot, ~$ or @.
+# What systems, network drives and programs leave in folders, besides names that begin with a dot or ~$.
 _LEFT_BY_SYSTEMS = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
     *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "found.000", "__pycache__"),

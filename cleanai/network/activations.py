@@ -151,8 +151,8 @@ def removed_afterwards(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 def not_finite() -> UserError:
     """The error for a network whose activations are not finite."""
     return UserError(
-        "The network computes values that are not finite numbers: its weights are damaged, or its values too large for "
-        "float16, which --precision float32 avoids"
+        "The network computes values that are not finite numbers: its weights are damaged, or in float16 its values "
+        "are too large (use --precision float32)"
     )
 
 

@@ -126,12 +126,10 @@ def _require_gradients(network: nn.Module, inputs: torch.Tensor, compute: Comput
     with foreign_code(explain), torch.enable_grad():
         with compute.autocast():
             outputs = network(inputs)
-        if outputs.requires_grad:
-            outputs.float().logsumexp(1).sum().backward()
-    trained = {title: weight for title, weight in network.named_parameters() if weight.requires_grad}
-    if not outputs.requires_grad:
-        raise UserError(f"{name} cannot be trained: no weight that its outputs depend on has requires_grad")
-    unused = [title for title, weight in trained.items() if weight.grad is None]
+        if not outputs.requires_grad:
+            raise UserError(f"{name} cannot be trained: no weight that its outputs depend on has requires_grad")
+        outputs.float().logsumexp(1).sum().backward()
+    unused = [title for title, weight in network.named_parameters() if weight.requires_grad and weight.grad is None]
     if unused and distributed.processes() > 1:
         raise UserError(f"{name} cannot be trained by several processes: its outputs do not depend on {unused[0]}")
 

@@ -41,13 +41,12 @@ def _not_reached(record: Record) -> list[str]:
 
 
 def _worse_after_fine_tuning(record: Record) -> list[str]:
-    count, models = record["dataset"]["test_images"], record["models"]
-    heldout = unpack(record["heldout_bits"], count)
-    flags = [unpack(models[name]["correct_bits"], count)[heldout] for name in ("pruned", "fine_tuned")]
-    tested = compare_paired(*flags)
-    if tested["difference_points"] >= 0 or not record["config"]["epochs"]:
+    count, models = record["dataset"]["test_images"], [record["models"][name] for name in ("pruned", "fine_tuned")]
+    before, after = (model["accuracy_heldout_percent"] for model in models)
+    if after >= before or not record["config"]["epochs"]:
         return []
-    before, after = (100 * correct.mean() for correct in flags)
+    heldout = unpack(record["heldout_bits"], count)
+    tested = compare_paired(*(unpack(model["correct_bits"], count)[heldout] for model in models))
     file = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
     change = "made the pruned network worse" if tested["p_value"] < LEVEL else "did not improve the pruned network"
     return [

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import textwrap
 import warnings
 import zipfile
 from pathlib import Path
@@ -63,9 +62,9 @@ def load_checkpoint(path: Path, **expected: str) -> dict[str, Any]:
     except in the state of a training: the mask of a network may hold it.
     """
     damaged = _damaged(path)
+    archive_bytes = require_intact(path)
     # A pickle can make torch.load raise anything. In a shortage of memory the file is not at fault.
-    with foreign_code(lambda error: _damaged(path, error), (OSError,)):
-        archive_bytes = verified_size(path)
+    with foreign_code(lambda _: _damaged(path, "it holds other things than tensors and plain data"), (OSError,)):
         content = load_plain_data(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or type(content.get("version")) is not int:
         raise damaged
@@ -108,17 +107,16 @@ def load_plain_data(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def require_intact(path: Path) -> None:
-    """Raise UserError when a byte of a checkpoint has changed. Unlike `load_checkpoint` it needs no PyTorch."""
-    with foreign_code(lambda error: _damaged(path, error), (OSError,)):
-        verified_size(path)
+def require_intact(path: Path) -> int:
+    """The bytes of a checkpoint's members. UserError when one has changed. Unlike `load_checkpoint` without PyTorch."""
+    with foreign_code(lambda error: _damaged(path, one_line(error)), (OSError,)):
+        return verified_size(path)
 
 
-def _damaged(path: Path, error: BaseException | None = None) -> UserError:
-    reason = f" ({textwrap.shorten(one_line(error), 100, placeholder=' ...')})" if error else ""
+def _damaged(path: Path, reason: str = "") -> UserError:
     return UserError(
-        f"{path} is damaged or not a checkpoint of this project{reason}: move it away, and run the script again that "
-        "made it"
+        f"{path} is damaged or not a checkpoint of this project{reason and f' ({reason})'}: move it away, and run the "
+        "script again that made it"
     )
 
 
@@ -134,8 +132,12 @@ def verified_size(path: Path) -> int:
             size = sum(member.file_size for member in members)
             packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
             folders = any(member.external_attr & _FOLDER for member in members)  # PyTorch would read nothing from it
-            if packed or folders or size > path.stat().st_size or archive.testzip() is not None:
-                raise ValueError("its checksums are not those of its contents")
+            if packed or folders or size > path.stat().st_size:
+                raise ValueError("it is no archive as PyTorch writes them")
+            if archive.testzip() is not None:
+                raise ValueError("a checksum in it is wrong")
+    except zipfile.BadZipFile as error:
+        raise ValueError("it is cut off, or no archive as PyTorch writes them") from error
     except OSError as error:
         if error.errno == errno.EINVAL:  # a damaged archive names a place before its beginning
             raise ValueError("it is cut off") from error

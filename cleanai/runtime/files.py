@@ -6,6 +6,7 @@ Of several processes on one training only the first writes and deletes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
@@ -34,6 +35,17 @@ def remove_file(path: Path) -> None:
     if distributed.rank() == 0:
         with contextlib.suppress(FileNotFoundError):
             _patiently(path.unlink)
+
+
+def check_removable(path: Path) -> None:
+    """Raise PermissionError when a file cannot be deleted, on Windows because another program holds it open."""
+    if distributed.rank() > 0:
+        return
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if _WINDOWS:
+        with contextlib.suppress(FileExistsError):
+            _patiently(lambda: path.rename(path))
 
 
 def file_digest(path: Path) -> str:

@@ -15,11 +15,14 @@ def foreign_code(
 ) -> Iterator[None]:
     """A context for code that may raise anything: it becomes the error that `explain` makes of it.
 
-    A UserError, a shortage of memory, and the errors in `passing` are raised as they are.
+    A UserError, a shortage of memory, an operation that --deterministic forbids, and the errors in `passing` are raised
+    as they are.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
         if isinstance(error, (UserError, *passing)) or is_shortage(error):
+            raise
+        if "does not have a deterministic implementation" in str(error):
             raise
         raise explain(error) from error

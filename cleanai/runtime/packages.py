@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from importlib.metadata import version
 from typing import Sequence
 
@@ -12,6 +13,8 @@ ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.to
 
 _NEEDED = ("anyascii", "filelock", "numpy", "PIL", "reportlab", "safetensors", "scipy", "sklearn", "thop")
 NEEDED = (*_NEEDED, "torch", "torch_pruning", "torchvision", "tqdm")  # those of requirements.txt
+if sys.version_info >= (3, 12):
+    NEEDED += ("setuptools",)
 
 LEAST_TORCH = (2, 2)  # torch.export with a free batch size
 

@@ -7,10 +7,8 @@ that a finished script answers at once.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import json
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, Iterator
 
 from cleanai import UserError
 from cleanai.runtime import distributed
-from cleanai.runtime.files import remove_file
+from cleanai.runtime.files import check_removable, remove_file
 from cleanai.runtime.methods import METHODS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -28,10 +26,9 @@ SCRIPTS_DIR = PROJECT / "test_scenarios"
 DOWNLOADABLE = "CIFAR10"
 EMBEDDED = "Digits"
 
-# Entries of a config that a command gives in another way, or that a run finds out by itself.
 _PLAIN = r"[\w.:/\\-]+"  # what no shell changes
-removals: list[str] = []  # the scripts whose earlier results this program has begun to delete
 _OF_CONDITIONS = {"deterministic": "--deterministic", "compiled": "--compile"}
+# Entries of a config that a command gives in another way, or that a run finds out by itself.
 NO_OPTIONS = ("dataset", "model", "fine_tuned_model", "weights_sha256", "conditions", "train_sha256", "test_sha256")
 
 
@@ -232,21 +229,20 @@ class Scenario:
                 )
 
     def remove_outputs(self) -> None:
-        """Delete what an earlier run of this script left. UserError for a file that cannot be deleted."""
+        """Delete what an earlier run of this script left. UserError for a file that cannot be deleted.
+
+        On Windows the report may be open elsewhere: it stays, and is replaced by the new one.
+        """
         with distributed.first_before_others():
-            removals.append(self.name)
             for path in self._existing():
-                with _explained(path):
+                with contextlib.suppress(PermissionError) if path == self.report else _explained(path):
                     remove_file(path)
 
     def require_removable(self) -> None:
-        """Raise the UserError of `remove_outputs`, and delete nothing."""
+        """UserError for a file of an earlier run that `remove_outputs` could not delete."""
         for path in self._existing():
             with _explained(path):
-                if not os.access(path.parent, os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                with contextlib.suppress(FileExistsError):
-                    path.rename(path)  # on Windows this fails while another program holds the file open
+                check_removable(path)
 
     def _existing(self) -> list[Path]:
         return [path for pattern in self._outputs() for path in pattern.parent.glob(pattern.name)]

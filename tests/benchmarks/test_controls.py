@@ -112,7 +112,9 @@ def test_controls_of_other_networks_and_missing_records_are_refused(scenarios, t
     path = scenarios[0].of("Controls").table
     path.parent.mkdir(parents=True)
     controls.write_rows(path, [{"network": "Not pruned", "epochs": "30"}])
-    with pytest.raises(UserError, match="was measured with another network or other images: start over with --fresh"):
+    with pytest.raises(
+        UserError, match="was measured with another network, other images or settings: start over with --fresh"
+    ):
         controls.main()
     scenarios[1].record.unlink()
     with pytest.raises(UserError, match=rf"{SCRIPTS[2]} --dataset Digits"):

@@ -194,13 +194,17 @@ def test_a_frozen_network_may_be_pruned_without_training(compute):
 
 
 def test_a_weight_without_part_in_the_outputs_is_refused_where_several_processes_train(compute, monkeypatch):
-    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())
-    network.spare = nn.Parameter(torch.ones(3))
-    network.forward = lambda x: network[1](network[0](x))
-    try_network(network, _images(8), 2, compute)
+    class WithSpare(_Viewing):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Parameter(torch.ones(3))
+
+    for network in (_Viewing(), WithSpare()):
+        in_fitting_order(network, _images(8), 2, compute)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    in_fitting_order(_Viewing(), _images(8), 2, compute)
     with pytest.raises(UserError, match="by several processes: its outputs do not depend on spare"):
-        try_network(network, _images(8), 2, compute)
+        in_fitting_order(WithSpare(), _images(8), 2, compute)
 
 
 class _Viewing(nn.Module):
