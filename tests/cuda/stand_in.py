@@ -300,6 +300,7 @@ def cuda_stand_in(
         "get_device_capability": lambda device=None: capability,
         "get_arch_list": lambda: list(architectures),
         "is_bf16_supported": lambda *_, **__: True,  # newer versions count emulation
+        "current_device": lambda: 0,
         "mem_get_info": lambda device=None: (card.free_bytes, 2 * card.free_bytes),
         "synchronize": lambda device=None: card.note(card.waits, "synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(card, "debug_mode", mode),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cleanai import sweep
+from cleanai import image_set, prune, sweep
 from cleanai.data.images import Images
 from cleanai.measure.coverage import measure_coverage, record_profiles
 from cleanai.measure.latency import time_networks
@@ -19,6 +19,7 @@ from cleanai.network.evaluation import evaluate
 from cleanai.network.models import resnet18_for_small_images
 from cleanai.network.training import TrainSettings, fine_tune, train
 from cleanai.network.training_step import TrainingStep
+from cleanai.pruning import steps
 from cleanai.pruning.criteria import WandaImportance
 from cleanai.pruning.pruner import prune_to_budget
 from cleanai.pruning.repair import recalibrate
@@ -193,3 +194,22 @@ def test_images_that_are_large_for_the_card_stay_in_host_memory(stay, digits):
         pruned = PruneImages(images.calibration_split(32, 0)[0], images.repair_sample(32, 0))
         prune_to_budget(other, WandaImportance(), pruned, compute, PruneSettings(0.3, None, 1, (1,)))
         assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_notebook_prunes_in_float32_where_a_card_has_only_float16_and_leaves_large_sets_on_the_host(
+    stay, monkeypatch
+):
+    pixels = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8)
+    with cuda_stand_in(CARDS["float16"], free_bytes=3 * pixels.numel() - stay) as card:
+        seen = []
+
+        def noted(network, images, *others):
+            seen.append(device_of(images.pixels))
+            return record_statistics(network, images, *others)
+
+        monkeypatch.setattr(steps, "record_statistics", noted)
+        pruned, _ = prune(SmallNetwork(10), image_set(pixels), ratio=0.2, round_to=(1,))
+        assert low_precisions(card) == set()
+    assert {device_of(tensor) for tensor in pruned.state_dict().values()} == {CPU}
+    assert set(seen) == {CPU if stay else CUDA}
