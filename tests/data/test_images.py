@@ -10,6 +10,7 @@ from cleanai.data.images import ImageSet, ImageSettings, balanced_order
 from cleanai.data.sources import load_images
 from cleanai.run import open_run
 from cleanai.runtime.checkpoints import save_checkpoint
+from cleanai.runtime.files import file_digest
 from cleanai.runtime.scenario import Scenario
 from tests.helpers import make_image_folder
 
@@ -109,7 +110,7 @@ def test_pruning_reads_and_augments_images_as_script_1_did(tmp_path, capsys, met
     save_checkpoint(scenario.fine_tuned, facts)
     args = Options(
         dataset="Pets", data_dir=tmp_path, device="cpu", precision="float32", deterministic=False, train_samples=2,
-        seed=0, config={"seed": 0},
+        seed=0, config={"seed": 0, "fine_tuned_model": file_digest(scenario.fine_tuned)[:16]},
     )  # fmt: skip
     run = open_run(scenario.of(method), args)
     assert run.images.train.pixels.shape == (2, 3, 16, 16)
