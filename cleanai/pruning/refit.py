@@ -182,7 +182,8 @@ class OriginalOutputs:
 
 
 def _shape_and_sum(values: torch.Tensor) -> tuple[torch.Size, float]:
-    return values.shape, values.sum(dtype=torch.float64).item()
+    # By parts: PyTorch converts all that it adds to float64 first.
+    return values.shape, torch.stack([part.sum(dtype=torch.float64) for part in values.split(256)]).sum().item()
 
 
 class _Pruned:
@@ -233,6 +234,7 @@ class _Pruned:
         self._repeated = True
         torch.clear_autocast_cache()  # or the layer would run with the former weights, cast before
         outputs = self._layers[name](values)
+        del values  # each of these tensors has all images
         if name in self._norms:
             self._norms[name].reset_running_stats()
             outputs = self._norms[name](outputs)
