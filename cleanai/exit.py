@@ -19,10 +19,9 @@ from cleanai.runtime import distributed
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
-_STOPPED = (
-    "\nInterrupted. The same command goes on from the last epoch or stage that was finished. Leave out --fresh when it "
-    "has deleted the earlier results."
-)
+_STOPPED = "\nInterrupted. The same command goes on from the last epoch or stage that was finished."
+if "--fresh" in sys.argv:
+    _STOPPED += " Leave out --fresh when it has deleted the earlier results."
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program

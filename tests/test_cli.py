@@ -259,6 +259,7 @@ def test_an_interruption_says_how_to_resume(capsys):
     status, message = _ending(KeyboardInterrupt(), capsys)
     assert status == 130
     assert message.startswith("\nInterrupted. The same command goes on")
+    assert "--fresh" not in message
 
 
 def test_an_interruption_that_became_another_error_is_still_one(capsys):
