@@ -19,9 +19,6 @@ from cleanai.runtime import distributed
 from cleanai.runtime.memory import is_shortage
 from cleanai.runtime.scenario import PROJECT, SCRIPTS_DIR
 
-_STOPPED = "\nInterrupted. The same command goes on from the last epoch or stage that was finished."
-if "--fresh" in sys.argv:
-    _STOPPED += " Leave out --fresh when it has deleted the earlier results."
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 _PIPE = 13  # SIGPIPE, which Windows does not have
 _received: list[int] = []  # the signal that stopped the program
@@ -90,7 +87,7 @@ def _run(main: Callable[[], None]) -> tuple[int, str]:
     except KeyboardInterrupt:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one has nothing more to stop
-        return 128 + (_received or [signal.SIGINT])[0], _STOPPED
+        return 128 + (_received or [signal.SIGINT])[0], _stopped()
     except BrokenPipeError:
         return 128 + _PIPE, ""
     except OSError as error:
@@ -180,8 +177,13 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _stopped() -> str:
+    fresh = " Leave out --fresh when it has deleted the earlier results." if "--fresh" in sys.argv else ""
+    return f"\nInterrupted. The same command goes on from the last epoch or stage that was finished.{fresh}"
+
+
 def _stop_at_once(number: int, _: FrameType | None) -> NoReturn:
     # The second signal: the first one was swallowed, as in a destructor, or the clean-up takes long.
     with contextlib.suppress(OSError):
-        os.write(2, f"{_STOPPED}\n".encode())
+        os.write(2, f"{_stopped()}\n".encode())
     os._exit(128 + number)

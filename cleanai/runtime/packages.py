@@ -11,28 +11,32 @@ from cleanai import UserError
 
 ONNX = ("onnx", "onnxruntime", "onnxscript")  # the extra "onnx" of pyproject.toml
 
-_NEEDED = ("anyascii", "filelock", "numpy", "PIL", "reportlab", "safetensors", "scipy", "sklearn", "thop")
-NEEDED = (*_NEEDED, "torch", "torch_pruning", "torchvision", "tqdm")  # those of requirements.txt
-if sys.version_info >= (3, 12):
-    NEEDED += ("setuptools",)
+_NEEDED = [  # those of requirements.txt
+    *("anyascii", "filelock", "numpy", "PIL", "reportlab", "safetensors", "scipy", "sklearn", "thop"),
+    *("torch", "torch_pruning", "torchvision", "tqdm"),
+    *(["setuptools"] if sys.version_info >= (3, 12) else []),
+]
 
 LEAST_TORCH = (2, 2)  # torch.export with a free batch size
 
 
 def require_all() -> None:
     """Raise ModuleNotFoundError when a package of the scripts is missing, before the work. Imports none of them."""
-    for name in NEEDED:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+    for name in _missing(_NEEDED):
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 
 def require_packages(what: str, packages: Sequence[str]) -> None:
     """Raise UserError when `what` needs packages that are not installed."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = _missing(packages)
     if missing:
         raise UserError(
             f"{what} needs packages that are not installed ({', '.join(missing)}): pip install {' '.join(missing)}"
         )
+
+
+def _missing(packages: Sequence[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def require_torch_export(what: str) -> None:
