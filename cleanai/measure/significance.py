@@ -24,6 +24,13 @@ def unpack(digits: str, count: int) -> np.ndarray:
     return np.unpackbits(packed, count=count).astype(bool)
 
 
+def heldout_flags(record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """For each network of a pruning script's record, which held-out images it classifies correctly: (N,)."""
+    count = record["dataset"]["test_images"]
+    heldout = unpack(record["heldout_bits"], count)
+    return {name: unpack(model["correct_bits"], count)[heldout] for name, model in record["models"].items()}
+
+
 def compare_paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """The gain of `second` over `first`: flags (N,) of the images that each network classifies correctly.
 

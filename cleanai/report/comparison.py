@@ -11,10 +11,9 @@ from typing import Any, Dict
 import numpy as np
 
 from cleanai import UserError
-from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
+from cleanai.measure.significance import LEVEL, compare_paired, heldout_flags, verdict
 from cleanai.report.notes import notes
 from cleanai.report.wording import (
-    STAGES,
     Record,
     have_same_pictures,
     heldout_images,
@@ -84,13 +83,6 @@ def compare_methods(scenario: Scenario) -> Record:
         "remarks": remarks,
     }
     return {**record, "answer": _answer(record)}
-
-
-def heldout_flags(run: Record) -> dict[str, np.ndarray]:
-    """For each network, which held-out images it classifies correctly: (N,)."""
-    count = run["dataset"]["test_images"]
-    heldout = unpack(run["heldout_bits"], count)
-    return {name: unpack(run["models"][name]["correct_bits"], count)[heldout] for name in STAGES}
 
 
 def _data_dir(runs: _Runs) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cleanai.measure.significance import LEVEL, compare_paired, unpack, verdict
+from cleanai.measure.significance import LEVEL, compare_paired, heldout_flags, verdict
 from cleanai.report.wording import FULL_BATCH, Record, counted_points, speedup_of
 
 BUSY_PERCENT = 15  # a larger spread between the turns of a timing
@@ -41,12 +41,11 @@ def _not_reached(record: Record) -> list[str]:
 
 
 def _worse_after_fine_tuning(record: Record) -> list[str]:
-    count, models = record["dataset"]["test_images"], [record["models"][name] for name in ("pruned", "fine_tuned")]
-    before, after = (model["accuracy_heldout_percent"] for model in models)
+    before, after = (record["models"][name]["accuracy_heldout_percent"] for name in ("pruned", "fine_tuned"))
     if after >= before or not record["config"]["epochs"]:
         return []
-    heldout = unpack(record["heldout_bits"], count)
-    tested = compare_paired(*(unpack(model["correct_bits"], count)[heldout] for model in models))
+    flags = heldout_flags(record)
+    tested = compare_paired(flags["pruned"], flags["fine_tuned"])
     file = list(record["checkpoints"])[1]  # original, pruned, fine-tuned
     change = "made the pruned network worse" if tested["p_value"] < LEVEL else "did not improve the pruned network"
     return [

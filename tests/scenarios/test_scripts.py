@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from cleanai.measure.latency import LEAST_TURNS
-from cleanai.measure.significance import compare_paired, judge_drop, unpack
+from cleanai.measure.significance import compare_paired, heldout_flags, judge_drop, unpack
 from cleanai.network.evaluation import evaluate
 from cleanai.network.models import load_network
-from cleanai.report.comparison import heldout_flags
 from cleanai.report.run_text import comparison_table, preparation_table
 from cleanai.runtime.checkpoints import read_record
 from cleanai.runtime.scenario import Scenario
