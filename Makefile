@@ -4,8 +4,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 RUN := $(PY) test_scenarios
 DEMO := --dataset Digits --batch-size 64 --checkpoints-dir checkpoints/demo
-DEMO_PREPARE := --weights none --epochs 4
-DEMO_PRUNE := --epochs 2 --lr 0.0003 --repair-batches 4 --timing-seconds 5
+DEMO_PREPARE := --weights none --epochs 3
+DEMO_PRUNE := --epochs 1 --lr 0.0001 --repair-batches 2 --timing-seconds 2
 
 .PHONY: help demo run test test-long test-floor test-newest test-gpu lint docs clean
 
